@@ -1,0 +1,1 @@
+//! Examples of twinfs: see `examples/`.

@@ -1,0 +1,1 @@
+//! Naive oracle of the tests.

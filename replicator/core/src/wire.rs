@@ -1,0 +1,1 @@
+//! Messages between sites, other than record sets.

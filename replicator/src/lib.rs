@@ -1,0 +1,10 @@
+//! twinfs with I/O: it drives the core.
+#![deny(unsafe_code)]
+
+pub mod config;
+pub mod control;
+pub mod primary;
+pub mod replica;
+pub mod storage;
+pub mod sys;
+pub mod transport;

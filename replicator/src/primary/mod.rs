@@ -1,0 +1,5 @@
+//! The primary: sidefile, stamps, data mover.
+
+pub mod clock;
+pub mod mover;
+pub mod sidefile;

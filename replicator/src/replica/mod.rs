@@ -1,0 +1,4 @@
+//! The replica: journal, image, driver.
+
+pub mod image;
+pub mod journal;
