@@ -135,18 +135,18 @@ macro_rules! random_id {
     };
 }
 
-/// Text that should have been 32 hexadecimal digits.
+/// Text that should have been hexadecimal digits, two for each byte.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("an identifier must be 32 hexadecimal digits")]
+#[error("an identifier must be hexadecimal digits of the right number")]
 pub struct BadHex;
 
-fn parse_hex(text: &str) -> Result<[u8; 16], BadHex> {
+fn parse_hex<const N: usize>(text: &str) -> Result<[u8; N], BadHex> {
     let digits = text.as_bytes();
-    if digits.len() != 32 {
+    if digits.len() != 2 * N {
         return Err(BadHex);
     }
     let nibble = |d: u8| char::from(d).to_digit(16).and_then(|v| u8::try_from(v).ok()).ok_or(BadHex);
-    let mut bytes = [0; 16];
+    let mut bytes = [0; N];
     for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
         *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
     }
@@ -199,7 +199,7 @@ impl fmt::Debug for VolumeInstance {
 }
 
 /// Names a file for life: the tree it was born in, and its file handle there (inode and generation).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct FileId {
     /// The tree in which the file was born.
     pub instance: VolumeInstance,
@@ -305,8 +305,22 @@ impl VolumeIndex {
 
 /// Identifies a record set's contents, and so its place in the chain of its volume: BLAKE3 of its header, which holds
 /// the hash of its body.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct SetHash(pub [u8; 32]);
+
+impl From<SetHash> for String {
+    fn from(hash: SetHash) -> String {
+        hash.to_string()
+    }
+}
+
+impl TryFrom<String> for SetHash {
+    type Error = BadHex;
+    fn try_from(text: String) -> Result<Self, BadHex> {
+        parse_hex(&text).map(Self)
+    }
+}
 
 impl SetHash {
     /// The predecessor of a volume's first set.

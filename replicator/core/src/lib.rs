@@ -9,7 +9,7 @@
 //! * [`id`], [`stamp`] – the names of things, and the order of updates.
 //! * [`update`] – one captured mutation, and its byte form.
 //! * [`token`] – a stamp with the address it wrote, without the data.
-//! * [`record_set`], [`format`] – the shipping unit and its bytes on the wire and in the journal.
+//! * [`record_set`], [`mod@format`] – the shipping unit and its bytes on the wire and in the journal.
 //! * [`wire`] – the other messages that sites exchange.
 //! * [`session`] – the state machines of both ends: handshake, sender, receiver.
 //! * [`delta`] – the net effect of a run of updates; what the replica's view is made of.

@@ -5,6 +5,11 @@
 //! predecessor by hash, so that a lost, doubled or re-issued set is noticed. The bytes are made once, on the primary;
 //! the same bytes go over the wire and into the journal. [`crate::format::v1`] lays them out.
 
+pub use crate::format::{
+    BadSet, BuildError, Builder, EncodedSet, Frame, FrameIndex, SetPlace, SetPrefix, Unpacker, UnverifiedSet,
+    VerifiedSet,
+};
+
 use crate::id::{Epoch, FileId, Incarnation, SessionId, SetHash, SetNumber, VolumeInstance, VolumeName};
 use crate::stamp::{Seq, Timestamp};
 use crate::update::Update;

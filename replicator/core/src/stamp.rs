@@ -24,13 +24,13 @@ impl Timestamp {
 }
 
 impl fmt::Display for Timestamp {
-    /// UTC with microseconds: `2026-01-31 12:00:00.123456Z`.
+    /// UTC with microseconds, as RFC 3339 has it: `2026-01-31T12:00:00.123456Z`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (seconds, micros) = (self.0 / 1_000_000_000, self.0 % 1_000_000_000 / 1000);
         let (days, second) = (seconds / 86_400, seconds % 86_400);
         let (year, month, day) = civil_from_days(days);
         let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-        write!(f, "{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{micros:06}Z")
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
     }
 }
 
@@ -69,7 +69,7 @@ impl fmt::Display for Seq {
 }
 
 /// When an update happened, and its place in its volume.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 pub struct Stamp {
     /// Its time, unique in the session.
     pub time: Timestamp,
@@ -89,8 +89,8 @@ mod tests {
 
     #[test]
     fn timestamps_print_as_utc() {
-        assert_eq!(Timestamp(0).to_string(), "1970-01-01 00:00:00.000000Z");
-        assert_eq!(Timestamp(951_782_400_123_456_789).to_string(), "2000-02-29 00:00:00.123456Z");
-        assert_eq!(Timestamp(1_798_761_599_999_999_999).to_string(), "2026-12-31 23:59:59.999999Z");
+        assert_eq!(Timestamp(0).to_string(), "1970-01-01T00:00:00.000000Z");
+        assert_eq!(Timestamp(951_782_400_123_456_789).to_string(), "2000-02-29T00:00:00.123456Z");
+        assert_eq!(Timestamp(1_798_761_599_999_999_999).to_string(), "2026-12-31T23:59:59.999999Z");
     }
 }
