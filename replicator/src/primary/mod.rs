@@ -1,5 +1,15 @@
-//! The primary: sidefile, stamps, data mover.
+//! The primary: from captured updates to a peer that has them.
+//!
+//! * [`sidefile`] – what the file system layer publishes its updates into.
+//! * [`clock`] – where timestamps come from.
+//! * [`chain`] – from a cut of the sidefile to record sets.
+//! * [`mover`] – the one thread that owns the session: it cuts, ships, and takes acknowledgements.
+//! * `link` – keeps a connection to the replica, and carries bytes between it and the mover.
+//! * [`store`] – what is kept from run to run.
 
+pub mod chain;
 pub mod clock;
+mod link;
 pub mod mover;
 pub mod sidefile;
+pub mod store;

@@ -1,4 +1,12 @@
-//! The replica: journal, image, driver.
+//! The replica: from arriving record sets to a view of the primary's past.
+//!
+//! * [`driver`] – the one thread that owns the session: journal, order, commit, acknowledge, show.
+//! * [`journal`] – the log of record sets, as they travelled, and of commits.
+//! * [`image`] – plain trees as of the last checkpoint, and the folded groups after it.
 
+mod door;
+pub mod driver;
 pub mod image;
 pub mod journal;
+mod recovery;
+mod takeover;

@@ -1,0 +1,317 @@
+//! The durable records of the image: which object of the tree is which file, and as of when the tree is.
+//!
+//! One redb database, `SITE/image/table.redb`:
+//!
+//! ```text
+//! files      FileId (20 bytes)         → inode number (8), file handle ([`Handle::to_bytes`])
+//! inodes     inode number              → FileId (20 bytes)
+//! preimages  FileId (20 bytes)         → as in files: a copy of the file's content at the last checkpoint
+//! attributes FileId (20 bytes)         → length of the volume's name (1), name, an encoded update that sets the attributes
+//!                                        which the file had at the last checkpoint
+//! state      "version", "tree", "started" → JSON
+//! ```
+//!
+//! `tree` is what the tree holds for sure. `started` is what the checkpoint in progress makes of it: it is written before
+//! the first change to anything that shows, so that after a crash nobody takes a tree half-way between the two for a
+//! tree of any group.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+use twinfs_core::id::{FileId, GroupNumber, VolumeName};
+use twinfs_core::limits;
+use twinfs_core::stamp::{Seq, Timestamp};
+use twinfs_core::update::{self, Update};
+
+use super::files::Local;
+use super::handle::Handle;
+
+type Id = [u8; FileId::BYTES];
+
+const FILES: TableDefinition<'_, &Id, &[u8]> = TableDefinition::new("files");
+const INODES: TableDefinition<'_, u64, &Id> = TableDefinition::new("inodes");
+const PREIMAGES: TableDefinition<'_, &Id, &[u8]> = TableDefinition::new("preimages");
+const ATTRIBUTES: TableDefinition<'_, &Id, &[u8]> = TableDefinition::new("attributes");
+const STATE: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("state");
+
+/// The version of the database's layout.
+const VERSION: &[u8] = b"1";
+
+/// Why the file table could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// The database or its disk failed.
+    #[error("the image's file table: {0}")]
+    Database(#[source] Box<redb::Error>),
+    /// An entry is not what was once written.
+    #[error("the image's file table is damaged: {0}")]
+    Damaged(&'static str),
+    /// It was written by a version of twinfs that this one does not know.
+    #[error("the image's file table has an unknown version")]
+    Version,
+}
+
+impl<E: Into<redb::Error>> From<E> for TableError {
+    fn from(error: E) -> Self {
+        Self::Database(Box::new(error.into()))
+    }
+}
+
+/// As of when a volume's tree is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeState {
+    /// The root directory of the volume.
+    #[serde(with = "file_id")]
+    pub root: FileId,
+    /// The last update that it holds.
+    pub seq: Seq,
+    /// Whether the volume is a member of the session: copied in full, and visible.
+    pub member: bool,
+}
+
+/// As of when the tree is.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct TreeState {
+    /// The last group that it holds.
+    pub group: GroupNumber,
+    /// The consistency time of that group.
+    pub time: Timestamp,
+    /// Every volume.
+    pub volumes: BTreeMap<VolumeName, VolumeState>,
+}
+
+/// Changes that become durable together.
+#[derive(Debug, Default)]
+pub struct Changes<'a> {
+    /// Files whose object is new.
+    pub put: &'a [(FileId, Local)],
+    /// Files whose object is gone.
+    pub remove: &'a [FileId],
+    /// Files whose earlier content was kept aside.
+    pub put_preimages: &'a [(FileId, Local)],
+    /// Updates that set attributes as they were.
+    pub put_attributes: &'a [(VolumeName, FileId, Update)],
+    /// Whether neither earlier content nor earlier attributes are needed any longer.
+    pub clear_earlier: bool,
+    /// The new state of the tree.
+    pub tree: Option<&'a TreeState>,
+    /// The state that the checkpoint in progress will make.
+    pub started: Option<&'a TreeState>,
+}
+
+/// The open database.
+#[derive(Debug)]
+pub struct Table {
+    db: Database,
+}
+
+impl Table {
+    /// Opens the database, or makes an empty one.
+    ///
+    /// # Errors
+    /// See [`TableError`].
+    pub fn open(path: &Path) -> Result<Self, TableError> {
+        let db = Database::builder().set_cache_size(limits::IMAGE_TABLE_CACHE_BYTES).create(path)?;
+        let table = Self { db };
+        let known = {
+            let read = table.db.begin_read()?;
+            match read.open_table(STATE) {
+                Ok(state) => state.get("version")?.map(|version| version.value() == VERSION),
+                Err(redb::TableError::TableDoesNotExist(_)) => None,
+                Err(error) => return Err(error.into()),
+            }
+        };
+        match known {
+            Some(true) => {}
+            Some(false) => return Err(TableError::Version),
+            None => {
+                let write = table.db.begin_write()?;
+                write.open_table(FILES)?;
+                write.open_table(INODES)?;
+                write.open_table(PREIMAGES)?;
+                write.open_table(ATTRIBUTES)?;
+                write.open_table(STATE)?.insert("version", VERSION)?;
+                write.commit()?;
+            }
+        }
+        Ok(table)
+    }
+
+    /// The object of a file; `None` if the tree has none.
+    ///
+    /// # Errors
+    /// See [`TableError`].
+    pub fn local(&self, file: FileId) -> Result<Option<Local>, TableError> {
+        // The entry has to go before the transaction, or the writer may free its page.
+        let read = self.db.begin_read()?;
+        let table = read.open_table(FILES)?;
+        let entry = table.get(&file.to_bytes())?;
+        entry.map(|entry| decode(entry.value())).transpose()
+    }
+
+    /// The files of inode numbers, in their order; `None` for an inode that is not of the image.
+    ///
+    /// # Errors
+    /// See [`TableError`].
+    pub fn files(&self, inos: impl Iterator<Item = u64>) -> Result<Vec<Option<FileId>>, TableError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(INODES)?;
+        inos.map(|ino| {
+            let entry = table.get(ino)?;
+            entry.map(|entry| FileId::from_bytes(entry.value()).ok_or(BAD_ID)).transpose()
+        })
+        .collect()
+    }
+
+    /// The file of an inode number; `None` for an inode that is not of the image.
+    ///
+    /// # Errors
+    /// See [`TableError`].
+    pub fn file(&self, ino: u64) -> Result<Option<FileId>, TableError> {
+        Ok(self.files(std::iter::once(ino))?.pop().flatten())
+    }
+
+    /// The copies of earlier content that a checkpoint which did not end had made.
+    ///
+    /// # Errors
+    /// See [`TableError`].
+    pub fn preimages(&self) -> Result<BTreeMap<FileId, Local>, TableError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(PREIMAGES)?;
+        let mut found = BTreeMap::new();
+        for entry in table.iter()? {
+            let (id, local) = entry?;
+            found.insert(FileId::from_bytes(id.value()).ok_or(BAD_ID)?, decode(local.value())?);
+        }
+        Ok(found)
+    }
+
+    /// Updates that set attributes as they were at the last checkpoint, of objects that one which did not end was to touch
+    /// without saying their attributes.
+    ///
+    /// # Errors
+    /// See [`TableError`].
+    pub fn attributes(&self) -> Result<Vec<(VolumeName, Update)>, TableError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(ATTRIBUTES)?;
+        let parse = |bytes: &[u8]| {
+            let (len, rest) = bytes.split_first()?;
+            let (name, update) = rest.split_at_checked(usize::from(*len))?;
+            let name = VolumeName::new(str::from_utf8(name).ok()?).ok()?;
+            Some((name, update::decode(update, 0).ok()?.0))
+        };
+        let mut found = Vec::new();
+        for entry in table.iter()? {
+            let bad = TableError::Damaged("an entry has no attributes");
+            found.push(parse(entry?.1.value()).ok_or(bad)?);
+        }
+        Ok(found)
+    }
+
+    /// The state of the tree, and the one that the last checkpoint was to make: the same if it ended.
+    ///
+    /// # Errors
+    /// See [`TableError`].
+    pub fn state(&self) -> Result<(TreeState, TreeState), TableError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(STATE)?;
+        let get = |key: &str| -> Result<TreeState, TableError> {
+            let Some(entry) = table.get(key)? else { return Ok(TreeState::default()) };
+            serde_json::from_slice(entry.value()).map_err(|_| TableError::Damaged("a state cannot be read"))
+        };
+        Ok((get("tree")?, get("started")?))
+    }
+
+    /// Makes changes durable, all or none.
+    ///
+    /// # Errors
+    /// See [`TableError`].
+    pub fn commit(&self, changes: &Changes<'_>) -> Result<(), TableError> {
+        let mut write = self.db.begin_write()?;
+        // After a crash the database opens at once, however large it is.
+        write.set_quick_repair(true);
+        {
+            let (mut files, mut inodes) = (write.open_table(FILES)?, write.open_table(INODES)?);
+            for file in changes.remove {
+                let id = file.to_bytes();
+                let removed = files.remove(&id)?.map(|entry| decode(entry.value())).transpose()?;
+                let Some(local) = removed else { continue };
+                // A new file may have the inode number by now.
+                let is_own = inodes.get(local.ino)?.is_some_and(|owner| *owner.value() == id);
+                if is_own {
+                    inodes.remove(local.ino)?;
+                }
+            }
+            for (file, local) in changes.put {
+                files.insert(&file.to_bytes(), &*encode(local))?;
+                inodes.insert(local.ino, &file.to_bytes())?;
+            }
+            let mut preimages = write.open_table(PREIMAGES)?;
+            let mut attributes = write.open_table(ATTRIBUTES)?;
+            if changes.clear_earlier {
+                preimages.retain(|_, _| false)?;
+                attributes.retain(|_, _| false)?;
+            }
+            for (volume, file, earlier) in changes.put_attributes {
+                let len = u8::try_from(volume.as_str().len()).expect("at most LABEL_BYTES_MAX bytes");
+                let mut bytes = [&[len], volume.as_str().as_bytes()].concat();
+                update::encode(earlier, &mut bytes);
+                attributes.insert(&file.to_bytes(), &*bytes)?;
+            }
+            for (file, local) in changes.put_preimages {
+                preimages.insert(&file.to_bytes(), &*encode(local))?;
+            }
+            let mut state = write.open_table(STATE)?;
+            for (key, value) in [("tree", changes.tree), ("started", changes.started)] {
+                if let Some(value) = value {
+                    let json = serde_json::to_vec(value).expect("a map with text keys is JSON");
+                    state.insert(key, &*json)?;
+                }
+            }
+        }
+        Ok(write.commit()?)
+    }
+
+    /// Forgets which object is which file, to be told anew.
+    ///
+    /// # Errors
+    /// See [`TableError`].
+    pub fn clear_files(&self) -> Result<(), TableError> {
+        let write = self.db.begin_write()?;
+        write.open_table(FILES)?.retain(|_, _| false)?;
+        write.open_table(INODES)?.retain(|_, _| false)?;
+        Ok(write.commit()?)
+    }
+}
+
+const BAD_ID: TableError = TableError::Damaged("an entry has no FileId");
+
+fn encode(local: &Local) -> Vec<u8> {
+    [&local.ino.to_le_bytes()[..], &local.handle.to_bytes()].concat()
+}
+
+fn decode(bytes: &[u8]) -> Result<Local, TableError> {
+    bytes
+        .split_first_chunk::<8>()
+        .and_then(|(ino, handle)| {
+            Some(Local { ino: u64::from_le_bytes(*ino), handle: Handle::from_bytes(handle)? })
+        })
+        .ok_or(TableError::Damaged("an entry has no file handle"))
+}
+
+/// A FileId as text, in JSON.
+mod file_id {
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+    use twinfs_core::id::FileId;
+
+    pub(super) fn serialize<S: Serializer>(file: &FileId, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(file)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<FileId, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}

@@ -1,0 +1,285 @@
+//! Starting a replica from what it has on disk: control file, image, journal.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use twinfs_core::delta::{DataRef, SetLocation};
+use twinfs_core::format::{BadSet, UnverifiedSet, VerifiedSet};
+use twinfs_core::id::{GroupNumber, SetHash, SetNumber, VolumeIndex, VolumeName};
+use twinfs_core::record_set::SetMeta;
+use twinfs_core::session::ChainPoint;
+use twinfs_core::session::receiver::{Ordering, Receiver, ReceiverState, ReceiverVolume, SetRefusal};
+use twinfs_core::stamp::{Seq, Timestamp};
+use twinfs_core::update::Update;
+
+use super::image::{Group, Image, ImageError};
+use super::journal::{Commit, CommitVolume, JournalError, Recovered, Recovery};
+use crate::site::State;
+
+/// Why a replica cannot start from what it has.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoveryError {
+    /// The journal is damaged, or the disk failed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A record set in the journal is not as it was received.
+    #[error("record set at byte {} of journal segment {}: {error}", at.offset, at.segment)]
+    Set {
+        /// Where it stands.
+        at: SetLocation,
+        /// What is wrong.
+        error: BadSet,
+    },
+    /// The journal contradicts itself.
+    #[error("the journal contradicts itself: {0}")]
+    Contradiction(#[from] SetRefusal),
+    /// The journal names a volume that the control file does not.
+    #[error("the journal names the volume {0}, which this site does not know")]
+    Volume(String),
+    /// A commit stands in the journal, but not all that belongs to it.
+    #[error("group {group} of the journal lacks updates after {last} of volume {volume}")]
+    Incomplete {
+        /// The group.
+        group: GroupNumber,
+        /// The volume.
+        volume: String,
+        /// The last update at hand.
+        last: Seq,
+    },
+    /// Sets of committed groups that no checkpoint covers are not in the journal.
+    #[error(
+        "the journal lacks record sets of volume {volume} after {last}, which belong to committed groups"
+    )]
+    Lost {
+        /// The volume.
+        volume: VolumeName,
+        /// The last set that is there.
+        last: SetNumber,
+    },
+    /// The image cannot take a group.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}
+
+/// A record set that stands in the journal.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Journaled {
+    pub(super) hash: SetHash,
+    pub(super) last_seq: Seq,
+    pub(super) end: Timestamp,
+    pub(super) at: SetLocation,
+}
+
+/// For each volume, the sets in the journal that no checkpoint covers, and the point of its chain up to which every set
+/// is in committed groups.
+#[derive(Debug, Default)]
+pub(super) struct Tracked {
+    pub(super) sets: BTreeMap<SetNumber, Journaled>,
+    pub(super) base: Option<(ChainPoint, Timestamp)>,
+    pub(super) through: Seq,
+    pub(super) member: bool,
+}
+
+impl Tracked {
+    /// Moves the base over the sets that a commit through `through` covers.
+    pub(super) fn commit(&mut self, through: Seq) {
+        self.base = Some(self.base_after(through));
+        self.through = through;
+    }
+
+    /// The base as it will be when everything through `through` is committed.
+    pub(super) fn base_after(&self, through: Seq) -> (ChainPoint, Timestamp) {
+        let start = self.base.unwrap_or((ChainPoint::START, Timestamp::ZERO));
+        let next = start.0.number.next();
+        let covered = self.sets.range(next..).take_while(|(_, set)| set.last_seq <= through);
+        covered.last().map_or(start, |(number, set)| {
+            (ChainPoint { number: *number, hash: set.hash, last_seq: set.last_seq }, set.end)
+        })
+    }
+
+    /// Forgets the sets that a checkpoint up to `seq` covers.
+    pub(super) fn checkpointed(&mut self, seq: Seq) {
+        self.sets.retain(|_, set| set.last_seq > seq);
+    }
+}
+
+/// What a recovery gives back.
+#[derive(Debug)]
+pub(super) struct Restored {
+    pub(super) receiver: Receiver,
+    pub(super) tracked: Vec<Tracked>,
+}
+
+/// Replays the journal: groups into the image, what is in no group into the receiver.
+pub(super) fn restore(
+    state: &State,
+    recovery: Recovery,
+    image: &Image,
+    image_index: &[VolumeIndex],
+    ordering: Ordering,
+) -> Result<Restored, RecoveryError> {
+    let mut replay = Replay {
+        state,
+        image,
+        image_index,
+        tracked: state.received.iter().map(|_| Tracked::default()).collect(),
+        waiting: state.received.iter().map(|_| BTreeMap::new()).collect(),
+        group: GroupNumber(0),
+        time: Timestamp::ZERO,
+    };
+    for (_, name, volume) in image.volumes() {
+        if let Some(at) = state.received.iter().position(|received| received.name == name) {
+            replay.tracked[at].member = volume.member;
+            replay.tracked[at].through = volume.seq;
+        }
+    }
+    for recovered in recovery {
+        match recovered? {
+            Recovered::Set { at, bytes } => replay.set(at, bytes)?,
+            Recovered::Standing(commit) => replay.standing(&commit)?,
+            Recovered::Commit(commit) => replay.commit(&commit)?,
+        }
+    }
+    replay.finish(ordering)
+}
+
+/// A replica that has no journal yet.
+pub(super) fn fresh(state: &State, ordering: Ordering) -> Restored {
+    let paired = state.session.map(|session| (session, state.epoch));
+    let state = ReceiverState { paired, role: state.role, ..ReceiverState::UNPAIRED };
+    Restored { receiver: Receiver::restore(state, ordering), tracked: Vec::new() }
+}
+
+type WaitingSet = (VerifiedSet, Arc<SetMeta>, SetLocation);
+
+struct Replay<'a> {
+    state: &'a State,
+    image: &'a Image,
+    image_index: &'a [VolumeIndex],
+    tracked: Vec<Tracked>,
+    /// Sets with updates that are in no group so far.
+    waiting: Vec<BTreeMap<SetNumber, WaitingSet>>,
+    group: GroupNumber,
+    time: Timestamp,
+}
+
+impl Replay<'_> {
+    fn index(&self, name: &VolumeName) -> Result<usize, RecoveryError> {
+        let found = self.state.received.iter().position(|received| received.name == *name);
+        found.ok_or_else(|| RecoveryError::Volume(name.to_string()))
+    }
+
+    fn set(&mut self, at: SetLocation, bytes: bytes::Bytes) -> Result<(), RecoveryError> {
+        let bad = |error| RecoveryError::Set { at, error };
+        let set = UnverifiedSet(bytes).verify().map_err(bad)?;
+        let meta = set.meta().map_err(bad)?;
+        let header = set.header();
+        let volume = self.index(&header.volume)?;
+        let journaled = Journaled { hash: set.hash(), last_seq: header.last_seq(), end: header.end, at };
+        self.tracked[volume].sets.insert(header.number, journaled);
+        self.waiting[volume].insert(header.number, (set, Arc::new(meta), at));
+        Ok(())
+    }
+
+    /// A commit whose sets were trimmed: the checkpoint has all of it.
+    fn standing(&mut self, commit: &Commit) -> Result<(), RecoveryError> {
+        for volume in &commit.volumes {
+            let index = self.index(&volume.volume)?;
+            let tracked = &mut self.tracked[index];
+            tracked.base = Some(base_of(volume));
+            tracked.through = tracked.through.max(volume.through);
+            tracked.member |= volume.member;
+        }
+        (self.group, self.time) = (commit.group, commit.time);
+        Ok(())
+    }
+
+    fn commit(&mut self, commit: &Commit) -> Result<(), RecoveryError> {
+        let mut group = Group { number: commit.group, time: commit.time, ..Group::default() };
+        for volume in &commit.volumes {
+            let index = self.index(&volume.volume)?;
+            let image = self.image_index[index];
+            let last = self.fold_into(&mut group, index, image, volume.through);
+            let have =
+                self.image.volumes().iter().find(|(at, ..)| *at == image).map_or(Seq::ZERO, |v| v.2.seq);
+            if last.max(have) < volume.through {
+                let volume = volume.volume.to_string();
+                return Err(RecoveryError::Incomplete { group: commit.group, volume, last: last.max(have) });
+            }
+            let tracked = &mut self.tracked[index];
+            tracked.base = Some(base_of(volume));
+            tracked.through = volume.through;
+            if volume.member && !tracked.member {
+                tracked.member = true;
+                group.joins.push(image);
+            }
+        }
+        (self.group, self.time) = (commit.group, commit.time);
+        // A group that the checkpoint has already must not move the view back.
+        if commit.group > self.image.checkpointed().group {
+            self.image.apply_group(&group)?;
+            if self.image.checkpoint_due() {
+                self.image.checkpoint()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the updates of a volume up to `through` that the image lacks; returns the last update at hand.
+    fn fold_into(&mut self, group: &mut Group, index: usize, image: VolumeIndex, through: Seq) -> Seq {
+        let mut updates = Vec::new();
+        let mut last = Seq::ZERO;
+        for (_, meta, at) in self.waiting[index].values() {
+            for (update, offset) in meta.updates.iter().take_while(|(update, _)| update.stamp.seq <= through)
+            {
+                last = update.stamp.seq;
+                updates.push((update.clone(), data_ref(update, *at, *offset)));
+            }
+        }
+        self.waiting[index].retain(|_, (set, ..)| set.header().last_seq() > through);
+        group.volumes.push((image, updates));
+        last
+    }
+
+    fn finish(self, ordering: Ordering) -> Result<Restored, RecoveryError> {
+        let volumes = self.state.received.iter().zip(&self.tracked).map(|(received, tracked)| {
+            let (base, base_end) = tracked.base.unwrap_or((ChainPoint::START, Timestamp::ZERO));
+            ReceiverVolume {
+                name: received.name.clone(),
+                instance: received.instance,
+                root: received.root,
+                member: tracked.member,
+                base,
+                base_end,
+                through: tracked.through,
+            }
+        });
+        let state = ReceiverState {
+            paired: self.state.session.map(|session| (session, self.state.epoch)),
+            role: self.state.role,
+            group: self.group,
+            time: self.time,
+            volumes: volumes.collect(),
+        };
+        let mut receiver = Receiver::restore(state, ordering);
+        let mut rest: Vec<_> = self.waiting.into_iter().flat_map(BTreeMap::into_values).collect();
+        rest.sort_by_key(|(.., at)| *at);
+        for (set, meta, at) in rest {
+            let meta = Arc::try_unwrap(meta).unwrap_or_else(|shared| (*shared).clone());
+            receiver.restore_set(set.header(), set.hash(), meta, at)?;
+        }
+        receiver.check_restored().map_err(|(volume, last)| RecoveryError::Lost { volume, last })?;
+        Ok(Restored { receiver, tracked: self.tracked })
+    }
+}
+
+/// The point of a volume's chain that a commit names.
+fn base_of(volume: &CommitVolume) -> (ChainPoint, Timestamp) {
+    let base = volume.base;
+    (ChainPoint { number: base.number, hash: base.hash, last_seq: base.last_seq }, base.end)
+}
+
+/// Where an update's data stands, if it has any.
+pub(super) fn data_ref(update: &Update, at: SetLocation, offset: u32) -> Option<DataRef> {
+    (update.op.data_len() > 0).then_some(DataRef { set: at, offset })
+}

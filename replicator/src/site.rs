@@ -1,0 +1,365 @@
+//! The site directory: where everything of a site stands on disk, and its control file.
+//!
+//! ```text
+//! SITE/                 0700; never inside a mirrored tree nor around it
+//!   lock                held by the running daemon
+//!   state.json          the control file: role, epoch, session, volumes (versioned, replaced atomically)
+//!   stamp-mark          primary: no timestamp at or above this was given out
+//!   sidefile-BOOTID     primary: captured updates that the replica lacks
+//!   unacknowledged      primary: record sets that were made and not acknowledged when it stopped
+//!   copy/VOLUME         primary: where a stopped initial copy goes on
+//!   journal/            replica: record sets as received
+//!   image/              replica: the plain trees
+//!   control.sock        0600; what `status`, `promote` and the others talk to
+//!   identity/, authority/   see the crate `certs`
+//! ```
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use twinfs_core::id::{Epoch, FileId, SessionId, SetHash, SetNumber, SiteName, VolumeInstance, VolumeName};
+use twinfs_core::session::{self, Role, SuspendReason};
+use twinfs_core::stamp::{Seq, Stamp, Timestamp};
+
+/// The version of the control file that this program writes and reads.
+const STATE_VERSION: u32 = 1;
+
+/// Why the site directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SiteError {
+    /// The file system said no.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What happened.
+        source: io::Error,
+    },
+    /// Another daemon runs on this site directory.
+    #[error("another twinfs daemon is running on the site {path}; `twinfs status --site {path}` shows it")]
+    Busy {
+        /// The site directory.
+        path: PathBuf,
+    },
+    /// The control file cannot be understood.
+    #[error("the control file {path} is damaged or of another version: {why}; nothing was changed")]
+    State {
+        /// The control file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// The control file: what a site must remember from run to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    version: u32,
+    /// What the site is.
+    pub role: Role,
+    /// The highest epoch that the site knows.
+    pub epoch: Epoch,
+    /// The session that it belongs to; `None` for a replica that no primary has met.
+    pub session: Option<SessionId>,
+    /// The peer that it is paired with, once known.
+    pub peer: Option<SiteName>,
+    /// The volumes, in the session's order.
+    #[serde(default)]
+    pub volumes: Vec<VolumeState>,
+    /// The volumes that a replica has met, in the order in which it met them.
+    #[serde(default)]
+    pub received: Vec<ReceivedVolume>,
+    /// The arguments of the command that started the daemon, so that it can be started again the same way.
+    #[serde(default)]
+    pub replica: Option<ReplicaArguments>,
+    /// Why the session was suspended when it ended, if it was.
+    #[serde(default)]
+    pub suspended: Option<SuspendReason>,
+    /// Whether the last run ended cleanly.
+    pub clean: bool,
+}
+
+impl State {
+    /// The state of a site that takes up a role.
+    #[must_use]
+    pub fn new(role: Role, epoch: Epoch) -> Self {
+        Self {
+            version: STATE_VERSION,
+            role,
+            epoch,
+            session: None,
+            peer: None,
+            volumes: Vec::new(),
+            received: Vec::new(),
+            replica: None,
+            suspended: None,
+            clean: true,
+        }
+    }
+}
+
+/// What a primary remembers of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeState {
+    /// Its name in the session.
+    pub name: VolumeName,
+    /// The directory that is mirrored.
+    pub source: PathBuf,
+    /// The life of the tree there.
+    pub instance: VolumeInstance,
+    /// Inode of the root of the tree when it was first mounted: another one is another tree.
+    pub root_ino: u64,
+    /// Generation of that inode.
+    pub root_generation: u32,
+    /// How far it is.
+    pub state: session::VolumeState,
+    /// Stamp of the mark that ended its copy, once that was issued.
+    pub complete: Option<Stamp>,
+    /// The last record set that the replica acknowledged without a gap.
+    pub acked_set: SetNumber,
+    /// The hash of that set, 64 hexadecimal digits.
+    pub acked_hash: SetHash,
+    /// The last update in it.
+    pub acked_seq: Seq,
+    /// Where the last interval ended.
+    pub end: Timestamp,
+    /// The last update that was captured.
+    pub last_seq: Seq,
+}
+
+/// What a replica remembers of a volume, beside what its journal and its image say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceivedVolume {
+    /// Its name in the session.
+    pub name: VolumeName,
+    /// The life of its tree at the primary.
+    pub instance: VolumeInstance,
+    /// Its root directory there.
+    pub root: FileId,
+}
+
+/// How a replica daemon was started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaArguments {
+    /// Where it shows its volumes.
+    pub mountpoint: PathBuf,
+    /// Where it listens.
+    pub listen: String,
+}
+
+/// A site directory, not locked.
+#[derive(Debug, Clone)]
+pub struct SiteDir {
+    path: PathBuf,
+}
+
+/// Held by the one daemon that runs on a site directory.
+#[derive(Debug)]
+pub struct SiteLock {
+    _file: File,
+}
+
+impl SiteDir {
+    /// Takes an existing site directory.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// The directory itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the journal stands.
+    #[must_use]
+    pub fn journal(&self) -> PathBuf {
+        self.path.join("journal")
+    }
+
+    /// Where the control socket stands.
+    #[must_use]
+    pub fn control_socket(&self) -> PathBuf {
+        self.path.join("control.sock")
+    }
+
+    /// Where the sidefile of this boot stands.
+    ///
+    /// # Errors
+    /// [`SiteError::Io`] if the kernel does not tell the boot's identity.
+    pub fn sidefile(&self) -> Result<PathBuf, SiteError> {
+        let path = Path::new("/proc/sys/kernel/random/boot_id");
+        let boot = fs::read_to_string(path).map_err(io_error("read", path))?;
+        Ok(self.path.join(format!("{SIDEFILE_PREFIX}{}", boot.trim())))
+    }
+
+    /// Every sidefile that stands here, of whatever boot.
+    ///
+    /// # Errors
+    /// [`SiteError::Io`]
+    pub fn sidefiles(&self) -> Result<Vec<PathBuf>, SiteError> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.path).map_err(io_error("read", &self.path))? {
+            let path = entry.map_err(io_error("read", &self.path))?.path();
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+            if name.is_some_and(|name| name.starts_with(SIDEFILE_PREFIX)) {
+                found.push(path);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Where the sets stand that were made and not acknowledged when the primary stopped.
+    #[must_use]
+    pub fn unacknowledged(&self) -> PathBuf {
+        self.path.join("unacknowledged")
+    }
+
+    /// Where a stopped initial copy of a volume is remembered.
+    #[must_use]
+    pub fn copy_state(&self, volume: &VolumeName) -> PathBuf {
+        self.path.join("copy").join(volume.as_str())
+    }
+
+    /// Takes the lock of the one daemon.
+    ///
+    /// # Errors
+    /// [`SiteError::Busy`] if a daemon runs already, or [`SiteError::Io`].
+    pub fn lock(&self) -> Result<SiteLock, SiteError> {
+        let path = self.path.join("lock");
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io_error("open", &path))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(SiteLock { _file: file }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(SiteError::Busy { path: self.path.clone() }),
+            Err(error) => Err(io_error("lock", &path)(error.into())),
+        }
+    }
+
+    /// Reads the control file; `None` if the site has never run.
+    ///
+    /// # Errors
+    /// [`SiteError`]
+    pub fn state(&self) -> Result<Option<State>, SiteError> {
+        let path = self.path.join("state.json");
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("read", &path)(error)),
+        };
+        let state: State = serde_json::from_slice(&text)
+            .map_err(|error| SiteError::State { path: path.clone(), why: error.to_string() })?;
+        if state.version == STATE_VERSION {
+            Ok(Some(state))
+        } else {
+            let why = format!("version {} is not {STATE_VERSION}", state.version);
+            Err(SiteError::State { path, why })
+        }
+    }
+
+    /// Replaces the control file, durably.
+    ///
+    /// # Errors
+    /// [`SiteError::Io`]; the old one stands then.
+    pub fn save_state(&self, state: &State) -> Result<(), SiteError> {
+        let path = self.path.join("state.json");
+        let mut text = serde_json::to_vec_pretty(state)
+            .map_err(|error| SiteError::State { path: path.clone(), why: error.to_string() })?;
+        text.push(b'\n');
+        replace_durably(&path, &text)
+    }
+
+    /// Reads the mark below which timestamps were given out; zero if there is none.
+    ///
+    /// # Errors
+    /// [`SiteError`]
+    pub fn stamp_mark(&self) -> Result<Timestamp, SiteError> {
+        let path = self.path.join("stamp-mark");
+        match fs::read_to_string(&path) {
+            Ok(text) => text
+                .trim()
+                .parse()
+                .map(Timestamp)
+                .map_err(|_| SiteError::State { path, why: "not a number of nanoseconds".into() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Timestamp::ZERO),
+            Err(error) => Err(io_error("read", &path)(error)),
+        }
+    }
+
+    /// Replaces that mark, durably.
+    ///
+    /// # Errors
+    /// [`SiteError::Io`]
+    pub fn save_stamp_mark(&self, mark: Timestamp) -> Result<(), SiteError> {
+        replace_durably(&self.path.join("stamp-mark"), format!("{}\n", mark.0).as_bytes())
+    }
+}
+
+const SIDEFILE_PREFIX: &str = "sidefile-";
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SiteError + use<> {
+    let path = path.to_owned();
+    move |source| SiteError::Io { action, path, source }
+}
+
+/// Writes a private file (0600) so that at every instant, also after a power cut, either the old or the new contents
+/// stand there. Missing parent directories are made, 0700.
+///
+/// # Errors
+/// [`SiteError::Io`]
+pub fn replace_durably(path: &Path, contents: &[u8]) -> Result<(), SiteError> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(io_error("make", parent))?;
+    let temporary = path.with_extension("new");
+    let write = || -> io::Result<()> {
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(contents)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        File::open(parent)?.sync_all()
+    };
+    write().map_err(io_error("write", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use twinfs_core::id::SiteId;
+
+    #[test]
+    fn the_control_file_comes_back_and_another_version_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let site = SiteDir::new(dir.path());
+        assert_eq!(site.state().unwrap(), None);
+        let mut state = State::new(Role::Primary, Epoch { number: 1, site: SiteId::from_bytes([1; 16]) });
+        state.session = Some(SessionId::from_bytes([2; 16]));
+        site.save_state(&state).unwrap();
+        assert_eq!(site.state().unwrap(), Some(state.clone()));
+        state.version = 99;
+        site.save_state(&state).unwrap();
+        assert!(matches!(site.state(), Err(SiteError::State { .. })));
+    }
+
+    #[test]
+    fn one_daemon_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let site = SiteDir::new(dir.path());
+        let held = site.lock().unwrap();
+        assert!(matches!(site.lock(), Err(SiteError::Busy { .. })));
+        drop(held);
+        site.lock().unwrap();
+    }
+}
