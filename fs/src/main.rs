@@ -1,1 +1,8 @@
-fn main() {}
+//! The `twinfs` command.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    twinfs::cli::run()
+}

@@ -1,0 +1,360 @@
+//! How far the copy of a volume is, and which updates of programs must be recorded meanwhile.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use twinfs_core::id::{FileId, VolumeIndex};
+use twinfs_core::update::Op;
+use twinfs_replicator::primary::mover::CopyProgress;
+
+use super::saved::{BadCopyState, Saved};
+
+/// An object of the volume: inode number and generation.
+pub(super) type Key = (u64, u32);
+
+/// An object that waits to be copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Item {
+    pub(super) key: Key,
+    /// Bytes of data that it is thought to have.
+    pub(super) bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Waiting,
+    Copied,
+}
+
+/// The one object that is being copied.
+#[derive(Debug, Clone, Copy)]
+struct Current {
+    item: Item,
+    /// Up to here its content is as the replica will have it: beyond it, the replica has nothing but zeros.
+    /// [`WHOLE`] if all of it is.
+    cursor: u64,
+    /// Its `Object` update is published.
+    started: bool,
+    copied_bytes: u64,
+}
+
+/// The cursor of an object whose content is copied, or that has none.
+pub(super) const WHOLE: u64 = u64::MAX;
+
+/// The state of a volume's copy, shared by the thread that copies and the operations of programs.
+///
+/// Whether an object is copied, and how far, only changes under the object's stripe, and what is published of it is
+/// decided and published under the same stripe: so each change either is read by the copy later, or follows it.
+#[derive(Debug)]
+pub struct CopyState {
+    volume: VolumeIndex,
+    root: FileId,
+    complete: AtomicBool,
+    /// **Lock order**: below the stripes. Nothing is published under it but the end of the copy.
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    complete: bool,
+    /// The objects that were found; those not in here have not been met yet.
+    stages: HashMap<Key, Stage>,
+    /// Taken from the back, so that a directory is followed by what is in it.
+    waiting: VecDeque<Item>,
+    waiting_bytes: u64,
+    current: Option<Current>,
+    files_copied: u64,
+    bytes_copied: u64,
+}
+
+fn key(file: FileId) -> Key {
+    (file.ino, file.generation)
+}
+
+impl CopyState {
+    pub(super) fn new(
+        volume: VolumeIndex,
+        root: FileId,
+        resume: Option<&[u8]>,
+    ) -> Result<Self, BadCopyState> {
+        let mut inner = Inner::default();
+        match resume {
+            None => inner.push(Item { key: key(root), bytes: 0 }),
+            Some(bytes) => {
+                let saved = Saved::decode(bytes)?;
+                if saved.root != root {
+                    return Err(BadCopyState::OtherVolume);
+                }
+                saved.waiting.into_iter().for_each(|item| inner.push(item));
+                inner.stages.extend(saved.copied.into_iter().map(|key| (key, Stage::Copied)));
+                (inner.files_copied, inner.bytes_copied) = (saved.files_copied, saved.bytes_copied);
+            }
+        }
+        Ok(Self { volume, root, complete: AtomicBool::new(false), inner: Mutex::new(inner) })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The volume.
+    #[must_use]
+    pub fn volume(&self) -> VolumeIndex {
+        self.volume
+    }
+
+    pub(super) fn root(&self) -> FileId {
+        self.root
+    }
+
+    /// Whether the whole volume is copied.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.complete.load(Ordering::Acquire)
+    }
+
+    /// How much is copied of what was found so far.
+    #[must_use]
+    pub fn progress(&self) -> CopyProgress {
+        let inner = self.lock();
+        let (files_left, bytes_left) = inner
+            .current
+            .map_or((0, 0), |current| (1, current.item.bytes.saturating_sub(current.copied_bytes)));
+        CopyProgress {
+            files_copied: inner.files_copied,
+            files_total: inner.files_copied + inner.waiting.len() as u64 + files_left,
+            bytes_copied: inner.bytes_copied,
+            bytes_total: inner.bytes_copied + inner.waiting_bytes + bytes_left,
+        }
+    }
+
+    /// All that is needed to go on with the copy in a later run; `None` if it is complete.
+    ///
+    /// What programs change after this must not be published any more, or be covered by other means: so call it when
+    /// the volume is not mounted any more.
+    #[must_use]
+    pub fn save(&self) -> Option<Vec<u8>> {
+        let inner = self.lock();
+        if inner.complete {
+            return None;
+        }
+        // An object that is being copied starts over: its `Object` update takes back what was sent of it.
+        let waiting = inner.waiting.iter().copied().chain(inner.current.map(|current| current.item));
+        let copied = inner.stages.iter().filter(|(_, stage)| **stage == Stage::Copied);
+        let saved = Saved {
+            root: self.root,
+            files_copied: inner.files_copied,
+            bytes_copied: inner.bytes_copied - inner.current.map_or(0, |current| current.copied_bytes),
+            waiting: waiting.collect(),
+            copied: copied.map(|(key, _)| *key).collect(),
+        };
+        Some(saved.encode())
+    }
+
+    // ---- for the operations of programs ----
+
+    fn admits(&self, op: &Op<&[u8]>) -> bool {
+        self.lock().admits(op)
+    }
+
+    /// Notes an object that is about to get a name in a place where the walk may have been already.
+    pub(super) fn found(&self, file: FileId, bytes: u64) {
+        let mut inner = self.lock();
+        if !inner.complete && !inner.stages.contains_key(&key(file)) {
+            inner.push(Item { key: key(file), bytes });
+        }
+    }
+
+    // ---- for the thread that copies ----
+
+    /// Whether an object was not met yet.
+    pub(super) fn is_new(&self, file: FileId) -> bool {
+        !self.lock().stages.contains_key(&key(file))
+    }
+
+    /// An object is copied at once, without waiting for its turn.
+    pub(super) fn made(&self, file: FileId) {
+        let mut inner = self.lock();
+        inner.stages.insert(key(file), Stage::Copied);
+        inner.files_copied += 1;
+    }
+
+    /// Takes the next object.
+    pub(super) fn next(&self) -> Option<Item> {
+        let mut inner = self.lock();
+        let item = inner.waiting.pop_back()?;
+        inner.waiting_bytes -= item.bytes;
+        inner.current = Some(Current { item, cursor: 0, started: false, copied_bytes: 0 });
+        Some(item)
+    }
+
+    /// From now on, changes of the current object are published, but for content beyond the cursor.
+    pub(super) fn start(&self, cursor: u64, bytes: u64) {
+        if let Some(current) = &mut self.lock().current {
+            (current.started, current.cursor, current.item.bytes) = (true, cursor, bytes);
+        }
+    }
+
+    /// The cursor of the current object.
+    pub(super) fn cursor(&self) -> u64 {
+        self.lock().current.map_or(WHOLE, |current| current.cursor)
+    }
+
+    /// The content of the current object is copied up to `cursor`, by `bytes` more bytes of data.
+    pub(super) fn advance(&self, cursor: u64, bytes: u64) {
+        let mut inner = self.lock();
+        inner.bytes_copied += bytes;
+        if let Some(current) = &mut inner.current {
+            current.cursor = cursor;
+            current.copied_bytes += bytes;
+        }
+    }
+
+    /// The current object is copied as a whole.
+    pub(super) fn finish(&self) {
+        let mut inner = self.lock();
+        if let Some(current) = inner.current.take() {
+            inner.stages.insert(current.item.key, Stage::Copied);
+            inner.files_copied += 1;
+        }
+    }
+
+    /// The last name of the current object is gone.
+    pub(super) fn skip(&self) {
+        let mut inner = self.lock();
+        if let Some(current) = inner.current.take() {
+            inner.stages.remove(&current.item.key);
+            inner.bytes_copied -= current.copied_bytes;
+        }
+    }
+
+    /// The current object could not be copied, and will be started over when everything else is done.
+    pub(super) fn put_back(&self) {
+        let mut inner = self.lock();
+        if let Some(current) = inner.current.take() {
+            inner.bytes_copied -= current.copied_bytes;
+            inner.waiting_bytes += current.item.bytes;
+            inner.waiting.push_front(current.item);
+        }
+    }
+
+    /// Calls `publish` if nothing is left to be copied, and nothing can be found before it is done. The copy is complete
+    /// if it says so.
+    pub(super) fn complete(&self, publish: impl FnOnce() -> bool) -> Option<bool> {
+        let mut inner = self.lock();
+        if !inner.waiting.is_empty() {
+            return None;
+        }
+        let published = publish();
+        if published {
+            inner.complete = true;
+            inner.stages = HashMap::new();
+            self.complete.store(true, Ordering::Release);
+        }
+        Some(published)
+    }
+}
+
+impl Inner {
+    fn push(&mut self, item: Item) {
+        self.stages.insert(item.key, Stage::Waiting);
+        self.waiting_bytes += item.bytes;
+        self.waiting.push_back(item);
+    }
+
+    fn admits(&mut self, op: &Op<&[u8]>) -> bool {
+        if self.complete {
+            return true;
+        }
+        match *op {
+            // Born while the walk goes on: every change of it is published.
+            Op::Create { file, .. } => {
+                self.stages.insert(key(file), Stage::Copied);
+                true
+            }
+            // What a name stands for is always published, so that no name is lost between two places of the walk.
+            Op::Link { .. } | Op::Unlink { .. } | Op::Rename { .. } | Op::Exchange { .. } => true,
+            Op::Object { .. } | Op::Bind { .. } | Op::Complete => true,
+            Op::Write { file, .. }
+            | Op::Truncate { file, .. }
+            | Op::Zero { file, .. }
+            | Op::Collapse { file, .. }
+            | Op::Insert { file, .. }
+            | Op::SetAttr { file }
+            | Op::SetXattr { file, .. }
+            | Op::RemoveXattr { file, .. } => {
+                let current = self.current.as_mut().filter(|current| current.item.key == key(file));
+                match current {
+                    Some(current) => current.started && follow(&mut current.cursor, op),
+                    None => self.stages.get(&key(file)) == Some(&Stage::Copied),
+                }
+            }
+        }
+    }
+}
+
+/// Whether a change of the object that is being copied must be published; the cursor goes with it. Afterwards it holds
+/// again that the replica's content is right below the cursor, and nothing but zeros from there on.
+fn follow(cursor: &mut u64, op: &Op<&[u8]>) -> bool {
+    if *cursor == WHOLE {
+        return true;
+    }
+    match *op {
+        Op::Write { offset, len, .. } if offset < *cursor => *cursor = (offset + u64::from(len)).max(*cursor),
+        Op::Write { .. } => return false,
+        Op::Zero { offset, .. } => return offset < *cursor,
+        Op::Collapse { offset, len, .. } if offset < *cursor => {
+            *cursor = cursor.saturating_sub(len).max(offset);
+        }
+        Op::Insert { offset, len, .. } if offset < *cursor => *cursor += len,
+        _ => {}
+    }
+    true
+}
+
+/// A volume's place for the state of its copy. Without a copy it costs one atomic load for each update.
+#[derive(Debug, Default)]
+pub(crate) struct CopySwitch {
+    on: AtomicBool,
+    state: Mutex<Option<Arc<CopyState>>>,
+}
+
+impl CopySwitch {
+    fn slot(&self) -> MutexGuard<'_, Option<Arc<CopyState>>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state(&self) -> Option<Arc<CopyState>> {
+        if self.on.load(Ordering::Acquire) { self.slot().clone() } else { None }
+    }
+
+    /// Puts a copy in force, in place of any other.
+    pub(super) fn turn_on(&self, state: Arc<CopyState>) {
+        *self.slot() = Some(state);
+        self.on.store(true, Ordering::Release);
+    }
+
+    /// Forgets a copy that is complete.
+    pub(super) fn turn_off(&self, state: &Arc<CopyState>) {
+        let mut slot = self.slot();
+        if slot.as_ref().is_some_and(|known| Arc::ptr_eq(known, state)) {
+            *slot = None;
+            self.on.store(false, Ordering::Release);
+        }
+    }
+
+    /// Whether an update must be published; if not, the copy reads later what the operation did. Called under the stripes
+    /// of all that the update changes, right before it is published.
+    pub(crate) fn admits(&self, op: &Op<&[u8]>) -> bool {
+        self.state().is_none_or(|state| state.admits(op))
+    }
+
+    /// Notes that an object is about to get a further or another name. Called under the stripes, *before* it happens:
+    /// else the walk could miss the object at its old name, and end before it hears of the new one.
+    pub(crate) fn found(&self, file: FileId) {
+        if let Some(state) = self.state() {
+            state.found(file, 0);
+        }
+    }
+}

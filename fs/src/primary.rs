@@ -1,0 +1,543 @@
+//! The primary's daemon: sidefile, mirrors, mounts and the replication session, put together and taken apart.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use bytes::Bytes;
+use twinfs_certs::Identity;
+use twinfs_core::id::{
+    Epoch, FileId, Incarnation, SessionId, SiteName, VolumeIndex, VolumeInstance, VolumeName,
+};
+use twinfs_core::session::sender::{IssuedSet, Sender, SenderConfig, SenderVolume};
+use twinfs_core::session::{ChainPoint, Role, SuspendReason, VolumeState as CopyState};
+use twinfs_core::stamp::{Seq, Timestamp};
+use twinfs_replicator::control::{self, Answer, Handler, Request};
+use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
+use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica};
+use twinfs_replicator::primary::sidefile::{Capture, Start};
+use twinfs_replicator::primary::store::{self, MarkKeeper};
+use twinfs_replicator::site::{SiteDir, State, VolumeState, replace_durably};
+
+use crate::copier::Copier;
+use crate::daemon::{self, Ended};
+use crate::holders;
+use crate::mirror::{self, Layout, Mirror, VolumeSource};
+use crate::mount::{MountOptions, Mounted};
+
+/// How long a clean stop waits for the replica to take what is left; the rest is kept for the next start.
+const STOP_PATIENCE: Duration = Duration::from_secs(3);
+
+/// A volume to mirror.
+#[derive(Debug, Clone)]
+pub struct Mirrored {
+    /// Its name in the session.
+    pub volume: VolumeName,
+    /// The directory, canonical.
+    pub source: PathBuf,
+    /// Where it is mounted, canonical; may be the directory itself.
+    pub mountpoint: PathBuf,
+}
+
+/// What `twinfs mount` was asked for.
+#[derive(Debug)]
+pub struct PrimaryArguments {
+    /// The site directory.
+    pub site: SiteDir,
+    /// The volumes.
+    pub mirrored: Vec<Mirrored>,
+    /// The replica's site.
+    pub peer: SiteName,
+    /// `HOST:PORT`.
+    pub address: String,
+    /// Mount although processes hold a source open.
+    pub force: bool,
+    /// Size of the sidefile.
+    pub sidefile_bytes: u64,
+    /// Compression level.
+    pub level: i32,
+}
+
+/// Runs the primary until a signal or an unmount ends it. Calls `ready` once the mounts are usable.
+///
+/// # Errors
+/// Why it does not start, or did not end cleanly, for the user.
+pub fn run(arguments: PrimaryArguments, ready: &dyn Fn()) -> anyhow::Result<()> {
+    let identity = Arc::new(twinfs_certs::load(arguments.site.path())?);
+    let _lock = arguments.site.lock()?;
+    let state = state_of(&arguments, &identity)?;
+    check_sources(&arguments)?;
+    let running = Running::start(arguments, identity, state)?;
+    ready();
+    match running.mounts.wait() {
+        Ended::Signal(name) => tracing::info!(signal = name, "stopping"),
+        Ended::Unmounted => tracing::info!("unmounted; stopping"),
+    }
+    running.stop()
+}
+
+/// The control file as it shall be for this run.
+fn state_of(arguments: &PrimaryArguments, identity: &Identity) -> anyhow::Result<State> {
+    let site = arguments.site.path().display();
+    let mut state = match arguments.site.state()? {
+        None => State::new(Role::Primary, Epoch { number: 1, site: identity.id() }),
+        Some(state) => state,
+    };
+    match state.role {
+        Role::Primary | Role::Fenced => {}
+        Role::Replica => bail!("{site} is the site of a replica: start it with `twinfs replica`"),
+        Role::Promoted => bail!("{site} was promoted: start it with `twinfs replica`, as before"),
+    }
+    if let Some(peer) = &state.peer {
+        ensure!(
+            *peer == arguments.peer,
+            "this session is paired with the site {peer}, not with {}: use another site directory for another pair",
+            arguments.peer
+        );
+    }
+    for known in &state.volumes {
+        ensure!(
+            arguments.mirrored.iter().any(|mirrored| mirrored.volume == known.name),
+            "the volume {} ({}) belongs to this session and must be mounted with it: its part of the consistency time \
+             would stand still",
+            known.name,
+            known.source.display()
+        );
+    }
+    state.peer = Some(arguments.peer.clone());
+    if state.session.is_none() {
+        state.session = Some(SessionId::from_bytes(daemon::random()?));
+    }
+    Ok(state)
+}
+
+fn check_sources(arguments: &PrimaryArguments) -> anyhow::Result<()> {
+    let site = arguments.site.path().canonicalize().context("cannot use the site directory")?;
+    for mirrored in &arguments.mirrored {
+        for path in [&mirrored.source, &mirrored.mountpoint] {
+            ensure!(
+                !site.starts_with(path) && !path.starts_with(&site),
+                "the site directory {} and {} contain one another: twinfs would mirror its own journal",
+                site.display(),
+                path.display()
+            );
+        }
+        for nested in holders::nested_mounts(&mirrored.source)? {
+            tracing::warn!(mount = %nested.display(), "is mounted inside the source: not mirrored");
+        }
+        let holders = holders::holders(&mirrored.source)
+            .with_context(|| format!("cannot find out who uses {}", mirrored.source.display()))?;
+        for holder in &holders {
+            let (pid, name, path) = (holder.pid, &holder.name, holder.path.display());
+            tracing::warn!(pid, name, %path, "holds the source open");
+        }
+        if !holders.is_empty() && !arguments.force {
+            let mut list = String::new();
+            for holder in &holders {
+                list.push_str(&format!("\n  {} ({}): {}", holder.pid, holder.name, holder.path.display()));
+            }
+            bail!(
+                "these processes hold {} open and would write past the mirror; stop them, or mount with --force:{list}",
+                mirrored.source.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A volume with its mirror, before it is mounted.
+struct Opened {
+    mirrored: Mirrored,
+    mirror: Arc<Mirror>,
+    root: FileId,
+    state: VolumeState,
+}
+
+/// What the mover asks the file system layer.
+struct Layer {
+    mirrors: Vec<Arc<Mirror>>,
+    copiers: Mutex<BTreeMap<VolumeIndex, Copier>>,
+}
+
+impl PathHints for Layer {
+    fn path_of(&self, volume: VolumeIndex, file: FileId) -> Box<[u8]> {
+        self.mirrors.get(volume.as_usize()).map_or_else(Box::default, |mirror| mirror.path_of(volume, file))
+    }
+}
+
+impl Files for Layer {
+    fn copy_progress(&self, volume: VolumeIndex) -> Option<CopyProgress> {
+        let copiers = self.copiers.lock().unwrap_or_else(PoisonError::into_inner);
+        copiers.get(&volume).map(Copier::progress)
+    }
+}
+
+/// A running primary.
+struct Running {
+    site: SiteDir,
+    state: Arc<Mutex<State>>,
+    capture: Arc<Capture>,
+    layer: Arc<Layer>,
+    primary: Arc<Mutex<Option<Primary>>>,
+    mark: MarkKeeper,
+    mounts: daemon::Mounts,
+    _control: control::Server,
+}
+
+impl Running {
+    fn start(arguments: PrimaryArguments, identity: Arc<Identity>, mut state: State) -> anyhow::Result<Self> {
+        let site = arguments.site.clone();
+        let session = state.session.context("the session was given an identity")?;
+        let sources = open_sources(&arguments.mirrored)?;
+        let order = session_order(&state, &arguments.mirrored);
+        let mut suspended = state.suspended;
+        let mut reason = suspended.map(|_| "since before the last stop".to_owned());
+        let (capture, survived) =
+            open_sidefile(&site, session, &state, arguments.sidefile_bytes, order.len())?;
+        let capture = Arc::new(capture);
+        if !survived && !state.clean {
+            suspended = Some(SuspendReason::Error);
+            reason = Some(
+                "the last run was killed, or power failed: what it captured may be incomplete, and recovery is not in \
+                 this version"
+                    .to_owned(),
+            );
+        }
+        let mark = MarkKeeper::start(site.clone(), Arc::clone(&capture))?;
+        let opened = open_mirrors(&state, &arguments.mirrored, &order, sources, &capture)?;
+        if suspended.is_some() {
+            capture.suspend();
+            tracing::error!(reason, "the session is SUSPENDED: the mount works, but nothing is mirrored");
+        }
+
+        let config = SenderConfig {
+            session,
+            site: identity.id(),
+            name: identity.name().clone(),
+            epoch: state.epoch,
+            incarnation: Incarnation(u64::from_le_bytes(daemon::random()?)),
+        };
+        let volumes: Vec<SetVolume> = opened
+            .iter()
+            .map(|opened| SetVolume {
+                name: opened.state.name.clone(),
+                instance: opened.state.instance,
+                root: opened.root,
+            })
+            .collect();
+        let origin = SetOrigin {
+            session,
+            epoch: state.epoch,
+            incarnation: config.incarnation,
+            level: arguments.level,
+        };
+        let sender_volumes = sender_volumes(&site, &opened)?;
+        let mut sender = Sender::new(config, sender_volumes, capture.now());
+        if let Some(reason) = suspended {
+            sender.handle_let_go();
+            sender.suspend(reason);
+        }
+
+        let layer = Arc::new(Layer {
+            mirrors: opened.iter().map(|opened| Arc::clone(&opened.mirror)).collect(),
+            copiers: Mutex::default(),
+        });
+        let mut copies = Vec::new();
+        for (index, opened) in (0..).map(VolumeIndex).zip(&opened) {
+            let is_whole = opened.state.complete.is_some() || opened.state.state == CopyState::Duplex;
+            if !is_whole && suspended.is_none() {
+                sender.handle_copy_started(index)?;
+                let saved = read_copy_state(&site, &opened.state.name)?;
+                let prepared = Copier::prepare(&opened.mirror, index, saved.as_deref());
+                let prepared = prepared
+                    .with_context(|| format!("cannot go on with the copy of {}", opened.state.name))?;
+                copies.push((index, prepared));
+            }
+        }
+
+        state.volumes = opened.iter().map(|opened| opened.state.clone()).collect();
+        state.suspended = suspended;
+        state.clean = false;
+        site.save_state(&state)?;
+        let role = state.role;
+        if role == Role::Fenced {
+            capture.fence();
+            tracing::error!("this site is FENCED: another site is the primary; its mounts are read-only");
+        }
+        let epoch = state.epoch;
+        let state = Arc::new(Mutex::new(state));
+        let primary = Primary::start(PrimaryParts {
+            capture: Arc::clone(&capture),
+            sender,
+            maker: SetMaker::new(origin, volumes.clone()),
+            volumes,
+            files: Arc::clone(&layer) as _,
+            replica: Some(Replica { name: arguments.peer, address: arguments.address }),
+            identity,
+            role,
+            epoch,
+            reason,
+            on_fenced: remember_fence(site.clone(), Arc::clone(&state)),
+        })?;
+
+        let mut mounts = Vec::new();
+        for opened in &opened {
+            let mounted = mount_one(opened).inspect_err(|_| undo(&mounts))?;
+            mounts.push(mounted);
+        }
+        for (index, prepared) in copies {
+            let mirror = Arc::clone(&opened[index.as_usize()].mirror);
+            let copier = Copier::start(mirror, Arc::clone(&capture) as _, prepared)?;
+            layer.copiers.lock().unwrap_or_else(PoisonError::into_inner).insert(index, copier);
+        }
+        let primary = Arc::new(Mutex::new(Some(primary)));
+        let control = control::Server::start(&site.control_socket(), Arc::new(Control(Arc::clone(&primary))))
+            .context("cannot listen on the control socket")?;
+        let mounts = daemon::Mounts::new(mounts)?;
+        Ok(Self { site, state, capture, layer, primary, mark, mounts, _control: control })
+    }
+
+    /// Ends cleanly: everything captured is kept, nothing stays mounted.
+    fn stop(self) -> anyhow::Result<()> {
+        let mut failed = self.mounts.unmount();
+        // Programs that still hold files of a detached mount wait from here on, and get an error when this process ends.
+        if !self.capture.hold(STOP_PATIENCE) {
+            tracing::warn!("operations under way do not end");
+        }
+        let copiers = std::mem::take(&mut *self.layer.copiers.lock().unwrap_or_else(PoisonError::into_inner));
+        let names: Vec<VolumeName> =
+            self.lock_state().volumes.iter().map(|volume| volume.name.clone()).collect();
+        for (index, copier) in copiers {
+            let path = self.site.copy_state(&names[index.as_usize()]);
+            match copier.stop() {
+                Some(state) => replace_durably(&path, &state)?,
+                None => drop(std::fs::remove_file(path)),
+            }
+        }
+        let primary = self.primary.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let stopped = primary.and_then(|primary| primary.stop(STOP_PATIENCE));
+        let stopped = stopped.context("the data mover ended early; the next start takes that for a crash")?;
+        let sender = stopped.sender;
+        let kept: Vec<SenderVolume<Bytes>> = sender.state().collect();
+        store::save_sets(&self.site, kept.iter().flat_map(|volume| &volume.issued))?;
+        for (_, updates) in stopped.rooms.iter().flatten() {
+            self.capture.release(updates);
+        }
+        let mut state = self.lock_state().clone();
+        drop(self.mark);
+        let last_seqs = self.capture.last_seqs();
+        let mark = Timestamp(self.capture.now().0 + 1);
+        self.capture.close()?;
+        self.site.save_stamp_mark(mark)?;
+        for ((volume, kept), last_seq) in state.volumes.iter_mut().zip(&kept).zip(last_seqs) {
+            volume.state = kept.state;
+            volume.complete = kept.complete;
+            volume.acked_set = kept.acked.number;
+            volume.acked_hash = kept.acked.hash;
+            volume.acked_seq = kept.acked.last_seq;
+            volume.end = kept.end;
+            volume.last_seq = last_seq;
+        }
+        state.suspended = sender.suspended().or(self.capture.fill().suspended.then_some(SuspendReason::Lag));
+        state.clean = true;
+        self.site.save_state(&state)?;
+        match failed.pop() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    fn lock_state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn remember_fence(site: SiteDir, state: Arc<Mutex<State>>) -> Box<dyn Fn(Epoch) + Send> {
+    Box::new(move |epoch| {
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        (state.role, state.epoch) = (Role::Fenced, epoch);
+        if let Err(error) = site.save_state(&state) {
+            tracing::error!(%error, "cannot remember that this site is FENCED");
+        }
+    })
+}
+
+fn undo(mounts: &[Mounted]) {
+    for mounted in mounts {
+        drop(mounted.unmount());
+    }
+}
+
+fn mount_one(opened: &Opened) -> anyhow::Result<Mounted> {
+    let target = &opened.mirrored.mountpoint;
+    let mounted = crate::fuse::mount(Arc::clone(&opened.mirror), target, &MountOptions::default());
+    let mounted = mounted.with_context(|| format!("cannot mount on {}", target.display()))?;
+    tracing::info!(volume = %opened.state.name, source = %opened.mirrored.source.display(), on = %target.display(), "mounted");
+    Ok(mounted)
+}
+
+fn open_sources(mirrored: &[Mirrored]) -> anyhow::Result<Vec<OwnedFd>> {
+    let open = |mirrored: &Mirrored| {
+        mirror::open_source(&mirrored.source)
+            .with_context(|| format!("cannot open {}", mirrored.source.display()))
+    };
+    mirrored.iter().map(open).collect()
+}
+
+/// For each volume in the session's order (known ones first, as before), its place in the arguments.
+fn session_order(state: &State, mirrored: &[Mirrored]) -> Vec<usize> {
+    let place = |name: &VolumeName| mirrored.iter().position(|mirrored| mirrored.volume == *name);
+    let known: Vec<usize> = state.volumes.iter().filter_map(|volume| place(&volume.name)).collect();
+    let new = (0..mirrored.len()).filter(|at| !known.contains(at));
+    known.iter().copied().chain(new).collect()
+}
+
+/// Opens the sidefile that an earlier run left, or makes one. Returns whether everything that was captured and not
+/// shipped is there.
+fn open_sidefile(
+    site: &SiteDir,
+    session: SessionId,
+    state: &State,
+    bytes: u64,
+    volumes: usize,
+) -> anyhow::Result<(Capture, bool)> {
+    let mut last_seq: Vec<Seq> = state.volumes.iter().map(|volume| volume.last_seq).collect();
+    last_seq.resize(volumes, Seq::ZERO);
+    let floor = site.stamp_mark()?;
+    let limit = store::mark_after(floor);
+    site.save_stamp_mark(limit)?;
+    let start = Start { session, last_seq: &last_seq, floor, limit };
+    let here = site.sidefile()?;
+    for other in site.sidefiles()?.into_iter().filter(|path| *path != here) {
+        if Capture::was_clean(&other) {
+            std::fs::rename(&other, &here).context("cannot take over the sidefile of the last boot")?;
+        } else {
+            tracing::warn!(path = %other.display(), "the sidefile of a boot that ended without a clean stop is discarded");
+            std::fs::remove_file(&other).context("cannot remove an outdated sidefile")?;
+        }
+    }
+    if !here.exists() {
+        return Ok((Capture::create(&here, bytes, &start)?, state.clean));
+    }
+    let clean = Capture::was_clean(&here) && state.clean;
+    let (capture, intents) = Capture::open(&here, &start)?;
+    Ok((capture, clean && intents == 0))
+}
+
+fn open_mirrors(
+    state: &State,
+    mirrored: &[Mirrored],
+    order: &[usize],
+    sources: Vec<OwnedFd>,
+    capture: &Arc<Capture>,
+) -> anyhow::Result<Vec<Opened>> {
+    let mut sources: Vec<Option<OwnedFd>> = sources.into_iter().map(Some).collect();
+    let mut opened = Vec::new();
+    for (index, at) in (0..).map(VolumeIndex).zip(order) {
+        let mirrored = mirrored[*at].clone();
+        let root = sources[*at].take().context("each source is used once")?;
+        let known = state.volumes.iter().find(|volume| volume.name == mirrored.volume);
+        let instance = match known {
+            Some(known) => known.instance,
+            None => new_instance()?,
+        };
+        let source = VolumeSource { index, name: mirrored.volume.clone(), instance, root };
+        let mirror = Mirror::new(vec![source], Arc::clone(capture) as _, Layout::SingleVolume)?;
+        let root = mirror.root_of(index).context("the volume was just opened")?;
+        let state = match known {
+            Some(known) => {
+                ensure!(
+                    (known.root_ino, known.root_generation) == (root.ino, root.generation),
+                    "{} is another directory than the one that the volume {} mirrors (it was replaced or restored): \
+                     DIVERGED; use another site directory to mirror it anew",
+                    mirrored.source.display(),
+                    known.name
+                );
+                VolumeState { source: mirrored.source.clone(), ..known.clone() }
+            }
+            None => VolumeState {
+                name: mirrored.volume.clone(),
+                source: mirrored.source.clone(),
+                instance,
+                root_ino: root.ino,
+                root_generation: root.generation,
+                state: CopyState::Pending,
+                complete: None,
+                acked_set: ChainPoint::START.number,
+                acked_hash: ChainPoint::START.hash,
+                acked_seq: Seq::ZERO,
+                end: Timestamp::ZERO,
+                last_seq: Seq::ZERO,
+            },
+        };
+        opened.push(Opened { mirrored, mirror: Arc::new(mirror), root, state });
+    }
+    Ok(opened)
+}
+
+/// A random volume instance.
+pub(crate) fn new_instance() -> anyhow::Result<VolumeInstance> {
+    loop {
+        if let Some(instance) = VolumeInstance::new(u64::from_le_bytes(daemon::random()?)) {
+            return Ok(instance);
+        }
+    }
+}
+
+fn sender_volumes(site: &SiteDir, opened: &[Opened]) -> anyhow::Result<Vec<SenderVolume<Bytes>>> {
+    let mut kept: BTreeMap<VolumeName, Vec<IssuedSet<Bytes>>> = BTreeMap::new();
+    for (volume, set) in store::load_sets(site)? {
+        kept.entry(volume).or_default().push(set);
+    }
+    let volumes = opened.iter().map(|opened| {
+        let state = &opened.state;
+        SenderVolume {
+            name: state.name.clone(),
+            instance: state.instance,
+            root: opened.root,
+            state: state.state,
+            complete: state.complete,
+            acked: ChainPoint { number: state.acked_set, hash: state.acked_hash, last_seq: state.acked_seq },
+            end: state.end,
+            issued: kept.remove(&state.name).unwrap_or_default(),
+        }
+    });
+    Ok(volumes.collect())
+}
+
+fn read_copy_state(site: &SiteDir, volume: &VolumeName) -> anyhow::Result<Option<Vec<u8>>> {
+    let path = site.copy_state(volume);
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+/// Answers the commands of a primary.
+struct Control(Arc<Mutex<Option<Primary>>>);
+
+impl Handler for Control {
+    fn handle(&self, request: Request, _progress: &mut dyn FnMut(String)) -> Answer {
+        match request {
+            Request::Status => {
+                let primary = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                match primary.as_ref().and_then(Primary::status) {
+                    Some(status) => Answer::Status(Box::new(status)),
+                    None => Answer::Failed("the daemon is starting or stopping; ask again".into()),
+                }
+            }
+            Request::Promote { .. } => Answer::Failed(
+                "this site is the primary: promote the replica, on its own machine (`twinfs promote`)".into(),
+            ),
+        }
+    }
+}
+
+/// The site directory must not be inside a mirrored tree, nor around it.
+pub(crate) fn is_apart(site: &Path, path: &Path) -> bool {
+    !site.starts_with(path) && !path.starts_with(site)
+}

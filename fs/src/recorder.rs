@@ -1,0 +1,47 @@
+//! What the mirror tells of each change, and to whom.
+
+use twinfs_core::id::VolumeIndex;
+use twinfs_core::stamp::Stamp;
+use twinfs_core::update::{AttrList, Intent, Op};
+use twinfs_replicator::primary::sidefile::{Capture, Refused, Reservation};
+
+/// Takes the updates of a mirror: the sidefile in production, a list in tests.
+pub trait Recorder: Send + Sync + 'static {
+    /// Reserves room for one update, and writes the intent: see [`Capture::reserve`]. Called without any lock held; a
+    /// thread never holds two.
+    ///
+    /// # Errors
+    /// [`Refused`] if this site may not write.
+    fn reserve<'a>(
+        &'a self,
+        volume: VolumeIndex,
+        intent: &Intent<'_>,
+        meta_bytes: usize,
+        data_bytes: usize,
+    ) -> Result<Box<dyn Pending + 'a>, Refused>;
+}
+
+/// Room for one update. Dropped, it becomes void: the operation failed and leaves no record.
+#[must_use]
+pub trait Pending {
+    /// Stamps and publishes the update, unless the session is suspended: see [`Reservation::publish`]. Called under the locks of all that it touched.
+    fn publish(self: Box<Self>, op: Op<&[u8]>, attrs: AttrList, data: &[u8]) -> Option<Stamp>;
+}
+
+impl Recorder for Capture {
+    fn reserve<'a>(
+        &'a self,
+        volume: VolumeIndex,
+        intent: &Intent<'_>,
+        meta_bytes: usize,
+        data_bytes: usize,
+    ) -> Result<Box<dyn Pending + 'a>, Refused> {
+        Ok(Box::new(Self::reserve(self, volume, intent, meta_bytes, data_bytes)?))
+    }
+}
+
+impl Pending for Reservation<'_> {
+    fn publish(self: Box<Self>, op: Op<&[u8]>, attrs: AttrList, data: &[u8]) -> Option<Stamp> {
+        Reservation::publish(*self, op, attrs, data)
+    }
+}
