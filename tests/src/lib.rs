@@ -1,1 +1,16 @@
-//! Harness of the end-to-end tests.
+//! Harness of the end-to-end tests: pairs of sites, loop-mounted file systems, a relay that can slow and cut the link,
+//! full comparison of trees, a seeded generator of operations.
+//!
+//! A test that cannot be set up (no root, no /dev/fuse, a tool is missing) fails; nothing is skipped in silence.
+#![forbid(unsafe_code)]
+
+pub mod fixture;
+pub mod loop_fs;
+pub mod ops;
+pub mod pair;
+pub mod process;
+pub mod relay;
+pub mod sampler;
+pub mod seed;
+pub mod stranger;
+pub mod tree;

@@ -1,0 +1,52 @@
+//! Journaled file systems on loop devices, made for one test and removed after it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::process::{output, run};
+
+/// A file system on an image file, mounted below a temporary directory.
+#[derive(Debug)]
+pub struct LoopFs {
+    dir: tempfile::TempDir,
+    mounted: bool,
+}
+
+impl LoopFs {
+    /// Makes and mounts one. `kind` is `ext4` or `xfs`; the image is sparse.
+    ///
+    /// # Panics
+    /// If that fails.
+    #[must_use]
+    pub fn new(kind: &str, bytes: u64) -> Self {
+        let dir = tempfile::Builder::new().prefix("twinfs-loop-").tempdir().expect("a temporary directory");
+        let image = dir.path().join("image");
+        std::fs::File::create(&image).and_then(|file| file.set_len(bytes)).expect("an image file");
+        run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(&image));
+        let point = dir.path().join("mnt");
+        std::fs::create_dir(&point).expect("a mount point");
+        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&point));
+        Self { dir, mounted: true }
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+}
+
+impl Drop for LoopFs {
+    fn drop(&mut self) {
+        if self.mounted {
+            unmount(&self.path());
+        }
+    }
+}
+
+/// Unmounts `path`, lazily if it is busy.
+pub fn unmount(path: &Path) {
+    if !output(Command::new("umount").arg(path)).status.success() {
+        output(Command::new("umount").arg("-l").arg(path));
+    }
+}
