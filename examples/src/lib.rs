@@ -1,1 +1,3 @@
-//! Examples of twinfs: see `examples/`.
+//! Small programs over the libraries of twinfs: see the directory `examples/` of this package.
+//!
+//! * `read_set` prints a record set with nothing at hand but its bytes.
