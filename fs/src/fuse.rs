@@ -72,12 +72,12 @@ impl Adapter {
 /// How the kernel shall treat an open file's pages. Through its cache it cuts a write in two where that crosses into a
 /// page of which it has only a part, and a consistency group may then end between the two. Where nothing is read, nothing
 /// is gained by the cache either, so those writes come as they were made.
-fn caching(flags: i32) -> FopenFlags {
-    if flags & libc::O_ACCMODE == libc::O_WRONLY {
-        FopenFlags::FOPEN_DIRECT_IO
-    } else {
-        FopenFlags::FOPEN_KEEP_CACHE
-    }
+fn caching(direct: bool) -> FopenFlags {
+    if direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::FOPEN_KEEP_CACHE }
+}
+
+fn writes_only(flags: i32) -> bool {
+    flags & libc::O_ACCMODE == libc::O_WRONLY
 }
 
 fn caller(request: &Request) -> Caller {
@@ -220,7 +220,13 @@ impl Filesystem for Adapter {
 
     fn open(&self, _request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         match self.mirror.open(node.0, flags.0) {
-            Ok(fh) => reply.opened(FileHandle(fh), caching(flags.0)),
+            Ok(fh) => {
+                // The kernel takes file capabilities away, by a call of its own, only from what it writes through its
+                // cache.
+                let capable = || self.mirror.getxattr(node.0, b"security.capability").is_ok();
+                let direct = writes_only(flags.0) && !capable();
+                reply.opened(FileHandle(fh), caching(direct));
+            }
             Err(error) => reply.error(error.into()),
         }
     }
@@ -238,7 +244,7 @@ impl Filesystem for Adapter {
         match self.mirror.create(caller(request), parent.0, name.as_bytes(), mode, umask, flags) {
             Ok((entry, fh)) => {
                 let (attr, generation) = (file_attr(&entry.attributes), Generation(entry.generation.into()));
-                reply.created(&TTL, &attr, generation, FileHandle(fh), caching(flags));
+                reply.created(&TTL, &attr, generation, FileHandle(fh), caching(writes_only(flags)));
             }
             Err(error) => reply.error(error.into()),
         }

@@ -28,6 +28,8 @@ fn errno(error: &std::io::Error) -> Option<Errno> {
 /// What is wrong if a path does not take writes as a plain directory does.
 fn assert_writable(root: &Path) {
     let dir = root.join("written after the promote");
+    // It may have been called before.
+    let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("file"), b"new").unwrap();
     std::fs::rename(dir.join("file"), dir.join("renamed")).unwrap();

@@ -60,7 +60,9 @@ fn pjdfstest_passes() {
         let _ = writeln!(failed, "{line}\n    {reason}");
     }
     println!("{summary}");
-    let expected = "Summary: 0 failed, 13 skipped, 385 passed, 0 expected failures, 398 total";
+    // As on ext4, but for link::link_count_max: the kernel has no way to ask a FUSE file system for its LINK_MAX, so that
+    // case is skipped.
+    let expected = "Summary: 0 failed, 14 skipped, 384 passed, 0 expected failures, 398 total";
     assert_eq!(summary, expected, "\n{failed}");
     pair.assert_converged();
     pair.assert_plain_trees();

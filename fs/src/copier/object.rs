@@ -239,36 +239,10 @@ impl Worker {
             let entry = entry?;
             let name = entry.file_name().to_bytes();
             if name != b"." && name != b".." {
-                self.symlink(target, name)?;
                 self.name(target, name)?;
             }
         }
         Ok(if fstat(&target.fd)?.st_nlink == 0 { Life::Gone } else { Life::Named })
-    }
-
-    /// Publishes a symlink before its name: unlike any other object, the replica cannot make one before it knows all of
-    /// it.
-    fn symlink(&self, dir: &Target<'_>, name: &[u8]) -> Step {
-        // If it is gone, or comes only now, then whoever changes the name tells of it.
-        let Ok(child) = self.volume().child(&dir.fd, name) else { return Ok(()) };
-        if child.kind != Kind::Symlink || !self.state.is_new(child.id) {
-            return Ok(());
-        }
-        let (id, kind) = (child.id, child.kind);
-        let node = NodeRef { nodeid: id.ino, id, slot: self.slot, kind, pin: None };
-        let target = Target { node, volume: self.volume(), fd: Arc::new(child.fd) };
-        let link = readlinkat(&target.fd, c"", Vec::new())?.into_bytes();
-        {
-            let pending = self.reserve(&Intent::Attrs { file: id }, link.len(), 0)?;
-            let _guard = self.mirror.stripes.lock(&[id]);
-            let stat = fstat(&target.fd)?;
-            if stat.st_nlink == 0 {
-                return Ok(());
-            }
-            self.state.made(id);
-            publish(pending, Op::Object { file: id, target: &link }, attrs_of(&[(id, &stat)]), &[])?;
-        }
-        self.xattrs(&target)
     }
 
     fn name(&self, dir: &Target<'_>, name: &[u8]) -> Step {

@@ -168,18 +168,6 @@ impl CopyState {
 
     // ---- for the thread that copies ----
 
-    /// Whether an object was not met yet.
-    pub(super) fn is_new(&self, file: FileId) -> bool {
-        !self.lock().stages.contains_key(&key(file))
-    }
-
-    /// An object is copied at once, without waiting for its turn.
-    pub(super) fn made(&self, file: FileId) {
-        let mut inner = self.lock();
-        inner.stages.insert(key(file), Stage::Copied);
-        inner.files_copied += 1;
-    }
-
     /// Takes the next object.
     pub(super) fn next(&self) -> Option<Item> {
         let mut inner = self.lock();

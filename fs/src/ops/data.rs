@@ -139,8 +139,9 @@ impl Mirror {
     ) -> Result<(T, bool)> {
         let volume = &self.volumes[file.slot];
         let pending = self.reserve(volume, intent, 0, data_bytes)?;
-        let _guard = self.stripes.lock(&[file.id]);
+        let guard = self.stripes.lock(&[file.id]);
         let before = fstat(&file.fd)?;
+        let capable = has_capability(&file.fd);
         let outcome = {
             let _set_id = SetId::keep(keep_set_id || before.st_mode & SET_ID_BITS == 0)?;
             change(u64::try_from(before.st_size).unwrap_or_default())
@@ -158,7 +159,24 @@ impl Mirror {
             }
         };
         let _stamp = pending.publish(op, attrs, data);
+        drop(guard);
+        if capable {
+            self.note_capability_lost(file)?;
+        }
         Ok((result, before.st_mode != after.st_mode))
+    }
+
+    /// The backing file system takes file capabilities away from what is written; unless the kernel did so before, by a
+    /// call of its own, that has to be recorded.
+    fn note_capability_lost(&self, file: &OpenFile) -> Result<()> {
+        let pending =
+            self.reserve(&self.volumes[file.slot], &Intent::Attrs { file: file.id }, CAPABILITY.len(), 0)?;
+        let _guard = self.stripes.lock(&[file.id]);
+        if !has_capability(&file.fd) {
+            let attrs = std::iter::once((file.id, attr(&read_back(&file.fd)?))).collect();
+            let _stamp = pending.publish(Op::RemoveXattr { file: file.id, name: CAPABILITY }, attrs, &[]);
+        }
+        Ok(())
     }
 
     /// Sets the size of an open file.
@@ -216,4 +234,10 @@ pub(crate) fn read_full(fd: &OwnedFd, offset: u64, buffer: &mut [u8]) -> Result<
         }
     }
     Ok(done)
+}
+
+const CAPABILITY: &[u8] = b"security.capability";
+
+fn has_capability(fd: &OwnedFd) -> bool {
+    rustix::fs::fgetxattr(fd, CAPABILITY, &mut [0_u8; 0][..]).is_ok()
 }

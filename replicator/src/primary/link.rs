@@ -160,7 +160,8 @@ pub(super) struct HoldBack {
 }
 
 impl HoldBack {
-    const DELAY: Duration = Duration::from_millis(4);
+    /// Longer than an interval, so that the next set overtakes.
+    const DELAY: Duration = Duration::from_millis(limits::INTERVAL_NS / 1_000_000 + 10);
 
     /// Reads the share, in percent, from the environment (`TWINFS_TEST_SHUFFLE_SETS`); none by default.
     #[must_use]

@@ -106,6 +106,7 @@ pub(super) enum Input {
     Unlinked(ConnectionId, String),
     Promote(PromoteMode, InputSender<TakeoverNews>),
     Checkpointed(Result<(), ImageError>),
+    Status(InputSender<()>),
     Stop,
 }
 
@@ -156,9 +157,14 @@ impl Replica {
         &self.image
     }
 
-    /// The session's state.
+    /// The session's state, as of now; as of a moment ago if the driver is busy.
     #[must_use]
     pub fn status(&self) -> Option<Status> {
+        let (renewed, heard) = channel();
+        if self.inputs.send(Input::Status(renewed)).is_ok() {
+            // Whether it came in time or not, the board has the newest there is.
+            let _ = heard.recv_timeout(IDLE);
+        }
         lock(&self.shared.board).clone()
     }
 
@@ -388,6 +394,12 @@ impl Driver {
             Input::Unlinked(id, why) => self.unlinked(id, why),
             Input::Promote(mode, news) => self.begin_takeover(mode, news),
             Input::Checkpointed(result) => self.checkpointed(result),
+            Input::Status(asker) => {
+                self.published = None;
+                self.publish_status();
+                // Who asked may have given up waiting.
+                let _ = asker.send(());
+            }
             Input::Stop => {}
         }
     }
