@@ -66,6 +66,7 @@ impl CopyRoom for Between {
 }
 
 #[test]
+#[ignore = "takes minutes: run it with --ignored"]
 fn a_copy_that_is_interrupted_again_and_again_ends_with_the_same_tree() {
     let mut resumed = 0;
     for seed in seeds(60) {
