@@ -7,6 +7,7 @@
 //! * What is done to an object that the walk has not reached need not be published: it is read later. So is content that
 //!   is written beyond the piece that was copied last. All other changes are published as ever.
 //! * Names are always published, and an object that gets a new name is queued, in case the walk passes by its old one.
+//! * A symlink is published before the first of its names: see `symlink`.
 //! * An object born meanwhile is published from its birth on, so it counts as copied.
 //!
 //! When the queue is empty, the replica has what the volume has: that is published as the end of the copy.
@@ -16,6 +17,7 @@
 mod object;
 mod saved;
 mod state;
+mod symlink;
 
 use std::io;
 use std::sync::Arc;
@@ -31,6 +33,7 @@ use twinfs_replicator::primary::sidefile::Capture;
 pub use self::saved::BadCopyState;
 pub use self::state::CopyState;
 pub(crate) use self::state::CopySwitch;
+pub(crate) use self::symlink::until_told;
 
 use self::object::{Halt, Worker};
 use crate::mirror::Mirror;

@@ -52,30 +52,46 @@ pub enum FsError {
     /// The names kept changing while the operation looked them up.
     #[error("the names kept changing")]
     Restless,
+    /// An operation that does not fit the kind of the object.
+    #[error("the object is of another kind")]
+    WrongKind,
+    /// The replica's view cannot be changed.
+    #[error("the replica is read-only")]
+    ReadOnly,
+    /// The replica cannot read what it holds.
+    #[error("the replica cannot read what it holds")]
+    Unreadable,
     /// The change was made, but its result could not be read back, so it could not be recorded.
     #[error("a change was made that could not be recorded")]
     Unrecorded,
 }
 
 impl FsError {
+    /// There is nothing of that name.
+    pub(crate) const NO_ENTRY: Self = Self::Os(Errno::NOENT);
+    /// There is no extended attribute of that name.
+    pub(crate) const NO_XATTR: Self = Self::Os(Errno::NODATA);
+    /// The file has nothing of what is sought at or after that offset.
+    pub(crate) const NOTHING_THERE: Self = Self::Os(Errno::NXIO);
+
     /// The error number that a program gets to see.
     #[must_use]
     pub const fn errno(self) -> Errno {
         match self {
             Self::Os(errno) => errno,
-            Self::Refused(Refused::Fenced) | Self::VolumeList => Errno::ROFS,
+            Self::Refused(Refused::Fenced) | Self::VolumeList | Self::ReadOnly => Errno::ROFS,
             Self::NoNode => Errno::STALE,
             Self::NoHandle => Errno::BADF,
             Self::Foreign | Self::CrossVolume => Errno::XDEV,
             Self::NameTooLong => Errno::NAMETOOLONG,
-            Self::BadName => Errno::INVAL,
+            Self::BadName | Self::WrongKind => Errno::INVAL,
             Self::ReservedXattr => Errno::PERM,
             Self::ShortBuffer => Errno::RANGE,
             Self::Unsupported => Errno::OPNOTSUPP,
             Self::NoIoctl => Errno::NOTTY,
             Self::IsDirectory => Errno::ISDIR,
             Self::Restless => Errno::BUSY,
-            Self::Unrecorded => Errno::IO,
+            Self::Unrecorded | Self::Unreadable => Errno::IO,
         }
     }
 }
@@ -83,6 +99,19 @@ impl FsError {
 impl From<std::io::Error> for FsError {
     fn from(error: std::io::Error) -> Self {
         Self::Os(Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
+}
+
+impl From<ViewError> for FsError {
+    fn from(error: ViewError) -> Self {
+        match error {
+            ViewError::Gone => Self::NoNode,
+            ViewError::WrongKind => Self::WrongKind,
+            ViewError::Tree(_) | ViewError::Journal(_) | ViewError::Table(_) => {
+                tracing::error!(%error, "the replica cannot read what it holds");
+                Self::Unreadable
+            }
+        }
     }
 }
 
@@ -94,20 +123,6 @@ impl From<FsError> for fuser::Errno {
 
 /// Outcome of a file system call.
 pub type Result<T, E = FsError> = std::result::Result<T, E>;
-
-/// The error number of what went wrong in the replica's view.
-#[must_use]
-pub fn errno_of_view(error: &ViewError) -> fuser::Errno {
-    match error {
-        ViewError::Gone => fuser::Errno::ESTALE,
-        ViewError::WrongKind => fuser::Errno::EINVAL,
-        ViewError::Tree(error) => error.raw_os_error().map_or(fuser::Errno::EIO, fuser::Errno::from_i32),
-        ViewError::Journal(_) | ViewError::Table(_) => {
-            tracing::error!(%error, "the replica cannot read what it holds");
-            fuser::Errno::EIO
-        }
-    }
-}
 
 #[cfg(test)]
 mod tests {

@@ -544,7 +544,7 @@ fn reply_empty(reply: ReplyEmpty, outcome: Result<(), FsError>) {
     }
 }
 
-fn reply_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>, FsError>) {
+pub(crate) fn reply_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>, FsError>) {
     match value {
         Ok(value) if size == 0 => reply.size(u32::try_from(value.len()).unwrap_or(u32::MAX)),
         Ok(value) if value.len() > size as usize => reply.error(FsError::ShortBuffer.into()),
@@ -574,7 +574,7 @@ const fn nothing() -> FileAttr {
     }
 }
 
-fn file_attr(attributes: &Attributes) -> FileAttr {
+pub(crate) fn file_attr(attributes: &Attributes) -> FileAttr {
     FileAttr {
         ino: INodeNo(attributes.ino),
         size: attributes.size,
@@ -595,7 +595,7 @@ fn file_attr(attributes: &Attributes) -> FileAttr {
     }
 }
 
-const fn file_type(kind: Kind) -> FileType {
+pub(crate) const fn file_type(kind: Kind) -> FileType {
     match kind {
         Kind::File => FileType::RegularFile,
         Kind::Dir => FileType::Directory,

@@ -142,6 +142,15 @@ pub(crate) struct Target<'a> {
     pub(crate) fd: Arc<OwnedFd>,
 }
 
+impl Target<'_> {
+    /// An object that was found in this directory.
+    pub(crate) fn sibling(&self, child: Child) -> Self {
+        let Child { fd, id, kind, .. } = child;
+        let node = NodeRef { nodeid: id.ino, id, slot: self.node.slot, kind, pin: None };
+        Self { node, volume: self.volume, fd: Arc::new(fd) }
+    }
+}
+
 /// A child of a directory, just looked up.
 pub(crate) struct Child {
     pub(crate) fd: OwnedFd,

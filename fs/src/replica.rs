@@ -149,11 +149,6 @@ impl Report for ReplicaReport {
         let delay = self.0.status().and_then(|status| status.delay_seconds);
         delay.map_or("unknown".into(), |delay| format!("{delay:.2}"))
     }
-
-    fn consistency_time(&self) -> String {
-        let status = self.0.status();
-        status.and_then(|status| status.consistency_time).unwrap_or_else(|| "none yet".into())
-    }
 }
 
 impl Daemon {

@@ -30,10 +30,6 @@ impl Report for Texts {
     fn lag(&self) -> String {
         "0.00".to_owned()
     }
-
-    fn consistency_time(&self) -> String {
-        Timestamp(0).to_string()
-    }
 }
 
 /// An image, mounted; unmounted when it is dropped, also by a failing test.

@@ -13,7 +13,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use twinfs_core::id::FileId;
 use twinfs_core::limits;
-use twinfs_core::update::{AttrList, Intent, Kind, Op, is_xattr_name};
+use twinfs_core::update::{AttrList, Intent, Kind, Op};
 
 use super::state::{CopyState, Item, WHOLE};
 use super::{CopyRoom, Room};
@@ -22,6 +22,7 @@ use crate::inode::NodeRef;
 use crate::mirror::{Mirror, Target, Volume, attr};
 use crate::ops::attr::fd_path;
 use crate::ops::data::read_full;
+use crate::ops::xattr::is_mirrored;
 use crate::recorder::Pending;
 
 /// Why the copy does not go on.
@@ -47,7 +48,7 @@ impl From<Errno> for Halt {
     }
 }
 
-type Step<T = ()> = Result<T, Halt>;
+pub(super) type Step<T = ()> = Result<T, Halt>;
 
 /// Whether an object still has a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,7 +138,7 @@ impl Worker {
         if self.object(target, &opened)? == Life::Gone {
             return Ok(Life::Gone);
         }
-        self.xattrs(target)?;
+        self.mirror.copy_xattrs(target)?;
         match kind {
             Kind::File => self.content(target, &opened),
             Kind::Dir => self.names(target, &opened),
@@ -162,30 +163,6 @@ impl Worker {
         self.state.start(if has_data { 0 } else { WHOLE }, data_bytes(&stat));
         publish(pending, Op::Object { file, target: &link }, attrs_of(&[(file, &stat)]), &[])?;
         Ok(Life::Named)
-    }
-
-    /// Those that are set from now on are published by whoever sets them.
-    fn xattrs(&self, target: &Target<'_>) -> Step {
-        let file = target.node.id;
-        let mut names = vec![0; limits::XATTR_VALUE_BYTES_MAX];
-        let len = match listxattr(fd_path(target), names.as_mut_slice()) {
-            Err(Errno::OPNOTSUPP) => 0,
-            other => other?,
-        };
-        for name in names[..len].split(|byte| *byte == 0).filter(|name| is_xattr_name(name)) {
-            // Until its value has not grown since room was reserved for it.
-            while let Some(room) = self.mirror.xattr_len(target, name)? {
-                let pending = self.reserve(&Intent::Attrs { file }, name.len() + room, 0)?;
-                let _guard = self.mirror.stripes.lock(&[file]);
-                let Some(value) = self.mirror.read_xattr(target, name)? else { break };
-                if value.len() <= room {
-                    let op = Op::SetXattr { file, name, value: value.as_slice() };
-                    publish(pending, op, attrs_of(&[(file, &fstat(&target.fd)?)]), &[])?;
-                    break;
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Copies what a file holds; holes are passed over.
@@ -239,10 +216,23 @@ impl Worker {
             let entry = entry?;
             let name = entry.file_name().to_bytes();
             if name != b"." && name != b".." {
+                self.symlink(target, name)?;
                 self.name(target, name)?;
             }
         }
         Ok(if fstat(&target.fd)?.st_nlink == 0 { Life::Gone } else { Life::Named })
+    }
+
+    /// Publishes a symlink before its name: see [`Mirror::copy_symlink`].
+    fn symlink(&self, dir: &Target<'_>, name: &[u8]) -> Step {
+        // If it is gone, or comes only now, then whoever changes the name tells of it.
+        match self.volume().child(&dir.fd, name) {
+            Ok(child) if self.state.owes(child.id, child.kind) => {
+                self.wait_room()?;
+                self.mirror.copy_symlink(&dir.sibling(child))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn name(&self, dir: &Target<'_>, name: &[u8]) -> Step {
@@ -279,11 +269,38 @@ impl Worker {
     }
 }
 
-fn publish(pending: Box<dyn Pending + '_>, op: Op<&[u8]>, attrs: AttrList, data: &[u8]) -> Step {
+impl Mirror {
+    /// Publishes the extended attributes of an object. Those that are set meanwhile are published by whoever sets them.
+    pub(super) fn copy_xattrs(&self, target: &Target<'_>) -> Step {
+        let file = target.node.id;
+        let mut names = vec![0; limits::XATTR_VALUE_BYTES_MAX];
+        let len = match listxattr(fd_path(target), names.as_mut_slice()) {
+            Err(Errno::OPNOTSUPP) => 0,
+            other => other?,
+        };
+        for name in names[..len].split(|byte| *byte == 0).filter(|name| is_mirrored(name)) {
+            // Until its value has not grown since room was reserved for it.
+            while let Some(room) = self.xattr_len(target, name)? {
+                let intent = Intent::Attrs { file };
+                let pending = self.reserve_for_copy(target.volume, &intent, name.len() + room, 0)?;
+                let _guard = self.stripes.lock(&[file]);
+                let Some(value) = self.read_xattr(target, name)? else { break };
+                if value.len() <= room {
+                    let op = Op::SetXattr { file, name, value: value.as_slice() };
+                    publish(pending, op, attrs_of(&[(file, &fstat(&target.fd)?)]), &[])?;
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn publish(pending: Box<dyn Pending + '_>, op: Op<&[u8]>, attrs: AttrList, data: &[u8]) -> Step {
     pending.publish(op, attrs, data).map(|_| ()).ok_or(Halt::Closed)
 }
 
-fn attrs_of(stats: &[(FileId, &Stat)]) -> AttrList {
+pub(super) fn attrs_of(stats: &[(FileId, &Stat)]) -> AttrList {
     stats.iter().map(|(file, stat)| (*file, attr(stat))).collect()
 }
 

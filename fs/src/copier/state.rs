@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use twinfs_core::id::{FileId, VolumeIndex};
-use twinfs_core::update::Op;
+use twinfs_core::update::{Kind, Op};
 use twinfs_replicator::primary::mover::CopyProgress;
 
 use super::saved::{BadCopyState, Saved};
@@ -168,13 +168,51 @@ impl CopyState {
 
     // ---- for the thread that copies ----
 
+    /// Whether an object is a symlink that the replica does not know yet.
+    pub(super) fn owes(&self, file: FileId, kind: Kind) -> bool {
+        kind == Kind::Symlink && {
+            let inner = self.lock();
+            let current = inner.current.filter(|current| current.item.key == key(file));
+            let is_known = current.map_or_else(
+                || inner.stages.get(&key(file)) == Some(&Stage::Copied),
+                |current| current.started,
+            );
+            !inner.complete && !is_known
+        }
+    }
+
+    /// An object is copied at once, without waiting for its turn.
+    pub(super) fn made(&self, file: FileId) {
+        let mut inner = self.lock();
+        match inner.current.as_mut().filter(|current| current.item.key == key(file)) {
+            Some(current) => (current.started, current.cursor) = (true, WHOLE),
+            None => {
+                inner.stages.insert(key(file), Stage::Copied);
+                inner.files_copied += 1;
+            }
+        }
+    }
+
+    /// That failed, and is left to the walk.
+    pub(super) fn unmade(&self, file: FileId) {
+        let mut inner = self.lock();
+        if inner.stages.get(&key(file)) == Some(&Stage::Copied) {
+            inner.stages.remove(&key(file));
+            inner.files_copied -= 1;
+        }
+    }
+
     /// Takes the next object.
     pub(super) fn next(&self) -> Option<Item> {
         let mut inner = self.lock();
-        let item = inner.waiting.pop_back()?;
-        inner.waiting_bytes -= item.bytes;
-        inner.current = Some(Current { item, cursor: 0, started: false, copied_bytes: 0 });
-        Some(item)
+        loop {
+            let item = inner.waiting.pop_back()?;
+            inner.waiting_bytes -= item.bytes;
+            if inner.stages.get(&item.key) == Some(&Stage::Waiting) {
+                inner.current = Some(Current { item, cursor: 0, started: false, copied_bytes: 0 });
+                return Some(item);
+            }
+        }
     }
 
     /// From now on, changes of the current object are published, but for content beyond the cursor.
@@ -313,8 +351,13 @@ impl CopySwitch {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn state(&self) -> Option<Arc<CopyState>> {
-        if self.on.load(Ordering::Acquire) { self.slot().clone() } else { None }
+    /// Whether a copy is in force.
+    pub(crate) fn is_on(&self) -> bool {
+        self.on.load(Ordering::Acquire)
+    }
+
+    pub(super) fn state(&self) -> Option<Arc<CopyState>> {
+        if self.is_on() { self.slot().clone() } else { None }
     }
 
     /// Puts a copy in force, in place of any other.
@@ -338,11 +381,121 @@ impl CopySwitch {
         self.state().is_none_or(|state| state.admits(op))
     }
 
+    /// Whether a copy is going on, and an object is a symlink that the replica does not know yet.
+    pub(crate) fn owes(&self, file: FileId, kind: Kind) -> bool {
+        kind == Kind::Symlink && self.state().is_some_and(|state| state.owes(file, kind))
+    }
+
     /// Notes that an object is about to get a further or another name. Called under the stripes, *before* it happens:
     /// else the walk could miss the object at its old name, and end before it hears of the new one.
     pub(crate) fn found(&self, file: FileId) {
         if let Some(state) = self.state() {
             state.found(file, 0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use twinfs_core::model::Random;
+    use twinfs_core::update::sample_file;
+
+    /// Does to bytes what an operation on contents does to a file.
+    fn apply(op: &Op<&[u8]>, fill: u8, bytes: &mut Vec<u8>) {
+        let place = |offset: u64, len: u64| offset as usize..(offset + len) as usize;
+        match *op {
+            Op::Write { offset, len, .. } => {
+                let range = place(offset, len.into());
+                bytes.resize(bytes.len().max(range.end), 0);
+                bytes[range].fill(fill);
+            }
+            Op::Truncate { size, .. } => bytes.resize(size as usize, 0),
+            Op::Zero { offset, len, .. } => bytes[place(offset, len)].fill(0),
+            Op::Collapse { offset, len, .. } => drop(bytes.drain(place(offset, len))),
+            Op::Insert { offset, len, .. } => {
+                bytes.splice(offset as usize..offset as usize, vec![0; len as usize]);
+            }
+            _ => unreachable!("the test makes no such operation"),
+        }
+    }
+
+    #[test]
+    fn below_the_cursor_the_replica_is_right_and_beyond_it_has_nothing() {
+        let file = sample_file(1);
+        for seed in 0..200 {
+            let mut random = Random::new(seed);
+            let mut here: Vec<u8> = random.bytes(300);
+            let mut there = vec![0; here.len()];
+            let mut cursor = 0_u64;
+            for step in 0..60 {
+                let size = here.len() as u64;
+                let offset = random.below(size + 1);
+                let len = random.below(size - offset + 1).min(40);
+                let op = match random.below(8) {
+                    0..=2 => Op::Write { file, offset, len: 1 + random.below(40) as u32 },
+                    3 => Op::Truncate { file, size: random.below(size + 30) },
+                    4 => Op::Zero { file, offset, len, hole: true },
+                    5 => Op::Collapse { file, offset, len },
+                    6 => Op::Insert { file, offset, len: 20 },
+                    _ => {
+                        // The copy goes on.
+                        let end = (cursor + len).min(size).max(cursor);
+                        let range = cursor.min(size) as usize..end.min(size) as usize;
+                        there[range.clone()].copy_from_slice(&here[range]);
+                        cursor = end;
+                        continue;
+                    }
+                };
+                let fill = 1 + random.below(255) as u8;
+                apply(&op, fill, &mut here);
+                if follow(&mut cursor, &op) {
+                    apply(&op, fill, &mut there);
+                }
+                there.resize(here.len(), 0); // The size comes with the attributes.
+                let split = here.len().min(cursor as usize);
+                assert!(here[..split] == there[..split], "seed {seed}, step {step}: {op:?}");
+                assert!(there[split..].iter().all(|byte| *byte == 0), "seed {seed}, step {step}: {op:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_copy_in_progress_is_saved_as_if_its_object_had_not_been_begun() {
+        let root = sample_file(1);
+        let state = CopyState::new(VolumeIndex(0), root, None).unwrap();
+        let before = state.save().unwrap();
+        state.next().unwrap();
+        state.start(0, 50);
+        state.advance(10, 10);
+        assert_eq!(state.progress().bytes_copied, 10);
+        assert_eq!(state.progress().bytes_total, 50);
+        let saved = Saved::decode(&state.save().unwrap()).unwrap();
+        assert_eq!(saved.waiting, [Item { key: key(root), bytes: 50 }]);
+        assert_eq!(Saved { waiting: vec![Item { key: key(root), bytes: 0 }], ..saved }.encode(), before);
+    }
+
+    #[test]
+    fn a_copy_that_is_over_asks_for_nothing() {
+        let (root, file) = (sample_file(1), sample_file(2));
+        let switch = CopySwitch::default();
+        let op = Op::SetAttr { file };
+        assert!(switch.admits(&op), "there is no copy");
+        let state = Arc::new(CopyState::new(VolumeIndex(0), root, None).unwrap());
+        switch.turn_on(state.clone());
+        assert!(!switch.admits(&op));
+        assert_eq!(state.complete(|| true), None, "the root waits");
+        state.next().unwrap();
+        state.finish();
+        assert_eq!(state.complete(|| false), Some(false));
+        assert!(state.save().is_some());
+        assert_eq!(state.complete(|| true), Some(true));
+        assert!(state.save().is_none() && switch.admits(&op), "complete");
+        let next = Arc::new(CopyState::new(VolumeIndex(0), root, None).unwrap());
+        switch.turn_on(next.clone());
+        switch.turn_off(&state);
+        assert!(!switch.admits(&op), "another copy is in force");
+        switch.turn_off(&next);
+        assert!(switch.admits(&op) && switch.state().is_none());
     }
 }

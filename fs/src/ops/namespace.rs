@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use twinfs_core::limits;
 use twinfs_core::update::{AttrList, Intent, Kind, Op};
 
+use crate::copier::until_told;
 use crate::credentials::{Caller, Making};
 use crate::errno::{FsError, Result};
 use crate::mirror::{Attributes, Child, Entry, Mirror, Target, attr, names, read_back, unrecorded};
@@ -167,10 +168,11 @@ impl Mirror {
     ) -> Result<(Entry, Option<OwnedFd>)> {
         use std::os::fd::AsFd;
         let dir = self.parent(parent, name)?;
-        let inherits = self.has_default_acl(&dir.fd);
         let intent = Intent::Names { first: (dir.node.id, name), second: None };
         let pending = self.reserve(dir.volume, &intent, name.len() + target.len(), 0)?;
         let guard = self.stripes.lock(&[dir.node.id]);
+        // Under the lock: an ACL that is set now is not inherited any more.
+        let inherits = self.has_default_acl(&dir.fd);
         let opened = {
             let _making = Making::files_of(caller, umask)?;
             call(dir.fd.as_fd())?
@@ -199,6 +201,7 @@ impl Mirror {
         if dir.volume.slot() != file.volume.slot() {
             return Err(FsError::CrossVolume);
         }
+        self.tell_of_symlink(&file)?;
         let intent = Intent::Names { first: (dir.node.id, name), second: None };
         let pending = self.reserve(dir.volume, &intent, name.len(), 0)?;
         let _guard = self.stripes.lock(&[dir.node.id, file.node.id]);
@@ -219,8 +222,13 @@ impl Mirror {
     pub fn remove(&self, parent: u64, name: &[u8], directory: bool) -> Result<()> {
         let dir = self.parent(parent, name)?;
         let intent = Intent::Names { first: (dir.node.id, name), second: None };
-        let pending = self.reserve(dir.volume, &intent, name.len(), 0)?;
-        let (child, _guard) = self.lock_child(&dir, name, &[])?;
+        let (pending, (child, _guard)) = until_told(|| {
+            self.tell_of_name(&dir, name)?;
+            let pending = self.reserve(dir.volume, &intent, name.len(), 0)?;
+            let locked = self.lock_child(&dir, name, &[])?;
+            let told = !dir.volume.copy.owes(locked.0.id, locked.0.kind);
+            Ok(told.then_some((pending, locked)))
+        })?;
         unlinkat(&dir.fd, name, if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() })?;
         let stat = read_back(&child.fd)?;
         let op = Op::Unlink { dir: dir.node.id, name, file: child.id };
@@ -253,10 +261,20 @@ impl Mirror {
             return Err(FsError::CrossVolume);
         }
         let intent = Intent::Names { first: (from.node.id, name), second: Some((to.node.id, new_name)) };
-        let pending = self.reserve(from.volume, &intent, name.len() + new_name.len(), 0)?;
-        let (child, other, _guard) = self.lock_children(&from, name, &to, new_name)?;
+        let copy = &from.volume.copy;
+        let (pending, (child, other, _guard)) = until_told(|| {
+            self.tell_of_name(&from, name)?;
+            self.tell_of_name(&to, new_name)?;
+            let pending = self.reserve(from.volume, &intent, name.len() + new_name.len(), 0)?;
+            let locked = self.lock_children(&from, name, &to, new_name)?;
+            let told = [Some(&locked.0), locked.1.as_ref()]
+                .into_iter()
+                .flatten()
+                .all(|child| !copy.owes(child.id, child.kind));
+            Ok(told.then_some((pending, locked)))
+        })?;
         for moved in [Some(&child), other.as_ref()].into_iter().flatten() {
-            from.volume.copy.found(moved.id);
+            copy.found(moved.id);
         }
         renameat_with(&from.fd, name, &to.fd, new_name, flags)?;
         if other.as_ref().is_some_and(|other| other.id == child.id) {

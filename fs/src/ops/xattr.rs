@@ -19,7 +19,7 @@ const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
 /// How xfs keeps the ACLs, which it shows a second time under their own names.
 const XFS_ACLS: &[u8] = b"trusted.SGI_ACL_";
 /// Only the superuser sees these.
-const TRUSTED: &[u8] = b"trusted.";
+pub(crate) const TRUSTED: &[u8] = b"trusted.";
 
 impl Mirror {
     /// The value of an extended attribute.

@@ -10,8 +10,7 @@ use twinfs_core::update::Kind;
 
 const ROOT: u64 = 1;
 const CALLER: Caller = Caller::ROOT;
-// Not security.capability: the kernel removes it before it writes, and no kernel stands before the mirror here.
-const XATTRS: [&[u8]; 3] = [b"user.a", b"user.b", b"trusted.c"];
+const XATTRS: [&[u8]; 4] = [b"user.a", b"user.b", b"trusted.c", b"security.other"];
 const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
 const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
 
@@ -33,6 +32,8 @@ pub struct Actor {
     pub random: Random,
     /// Operations left.
     pub budget: u64,
+    /// Whether nothing but contents of files is changed.
+    pub content_only: bool,
     /// Node and handle.
     open: Vec<(u64, u64)>,
     trace: bool,
@@ -48,7 +49,7 @@ struct Found {
 impl Actor {
     pub fn new(mirror: Arc<Mirror>, seed: u64, budget: u64) -> Self {
         let trace = std::env::var_os("TWINFS_TRACE").is_some();
-        Self { mirror, random: Random::new(seed), budget, open: Vec::new(), trace }
+        Self { mirror, random: Random::new(seed), budget, content_only: false, open: Vec::new(), trace }
     }
 
     /// Goes on with another mirror of the same tree.
@@ -132,7 +133,7 @@ impl Actor {
             return;
         }
         self.budget -= 1;
-        let action = self.random.below(20);
+        let action = self.random.below(if self.content_only { 7 } else { 20 });
         let outcome = match action {
             0..=4 => self.write(),
             5 | 6 => self.space(),
@@ -245,6 +246,10 @@ impl Actor {
         let found = self.any(|kind| kind != Kind::Dir)?;
         let (dir, name) = (self.dir(), self.name());
         let done = self.mirror.link(found.node, dir, &name).is_ok();
+        if done && self.random.one_in(2) {
+            // A slow rename.
+            let _ = self.mirror.remove(found.dir, &found.name, false);
+        }
         Some(format!("link {} to {} in {dir}: {done}", found.node, name.escape_ascii()))
     }
 

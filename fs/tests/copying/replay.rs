@@ -20,6 +20,11 @@ pub fn replayed(root: FileId, records: &[Record]) -> Listing {
         let set = SetLocation { segment: number as u64, offset: 0 };
         let data = matches!(update.op, Op::Write { .. }).then_some(DataRef { set, offset: 0 });
         delta.fold(update, data);
+        for (file, attr) in update.attrs.iter().filter(|(_, attr)| attr.kind() == Some(Kind::Symlink)) {
+            // A replica can make any other object before it knows what is in it.
+            let known = attr.nlink == 0 || !layers::tree_counts(&[&delta], *file);
+            assert!(known, "record {number} names a symlink that was not copied: {update:?}");
+        }
     }
     let layers = [&delta];
     let mut listing = Listing::default();
