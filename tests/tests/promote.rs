@@ -28,9 +28,9 @@ fn errno(error: &std::io::Error) -> Option<Errno> {
 /// What is wrong if a path does not take writes as a plain directory does.
 fn assert_writable(root: &Path) {
     let dir = root.join("written after the promote");
-    // It may have been called before.
+    // It may have been asked before.
     let _ = std::fs::remove_dir_all(&dir);
-    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("file"), b"new").unwrap();
     std::fs::rename(dir.join("file"), dir.join("renamed")).unwrap();
     std::fs::hard_link(dir.join("renamed"), dir.join("linked")).unwrap();

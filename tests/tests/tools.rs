@@ -110,7 +110,6 @@ fn fsx_passes() {
 #[test]
 fn fio_verifies() {
     let (mut pair, _fs) = pair_on_ext4(false);
-    let mut direct = 0;
     for (name, engine, more) in [
         ("psync", "psync", &["--fsync=64", "--bs=4k"][..]),
         ("mmap", "mmap", &["--bs=4k"]),
@@ -119,12 +118,11 @@ fn fio_verifies() {
     ] {
         let mut command = Command::new("fio");
         command.args(["--size=24m", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--numjobs=2"]);
+        command.arg("--verify_state_save=0");
         command.args(["--randseed=7", "--output-format=terse", "--rw=randwrite", "--name", name]);
         command.arg(format!("--ioengine={engine}")).arg("--directory").arg(pair.mount("data")).args(more);
         run(&mut command);
-        direct += u32::from(name == "direct");
     }
-    assert_eq!(direct, 1);
     pair.assert_converged();
     pair.assert_plain_trees();
 }

@@ -5,6 +5,7 @@
 //! system of the temporary directory instead of in memory.
 #![expect(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
+mod keeping;
 mod sharing;
 mod support;
 

@@ -7,8 +7,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
 
 use rustix::fs::{SeekFrom, seek};
 use twinfs_core::delta::{DataRef, SetLocation};
@@ -187,6 +187,8 @@ pub(crate) struct Meter {
     pub(crate) bytes: AtomicU64,
     /// The first call that fails, counted from 1; zero for none.
     pub(crate) fail_at: AtomicU64,
+    /// Holds up the next read of a file: it waits twice before it reads.
+    pub(crate) read_barrier: Mutex<Option<Arc<Barrier>>>,
 }
 
 impl Meter {
@@ -237,6 +239,11 @@ impl TreeStore for Probe {
     fn read_at(&self, file: &Handle, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.meter.bytes.fetch_add(buf.len() as u64, Ordering::SeqCst);
         self.meter.call()?;
+        let barrier = self.meter.read_barrier.lock().unwrap().take();
+        if let Some(barrier) = barrier {
+            barrier.wait();
+            barrier.wait();
+        }
         self.tree.read_at(file, offset, buf)
     }
 
