@@ -149,6 +149,11 @@ impl Report for ReplicaReport {
         let delay = self.0.status().and_then(|status| status.delay_seconds);
         delay.map_or("unknown".into(), |delay| format!("{delay:.2}"))
     }
+
+    fn consistency_time(&self) -> String {
+        let time = self.0.status().and_then(|status| status.consistency_time);
+        time.unwrap_or_else(|| "none yet".into())
+    }
 }
 
 impl Daemon {

@@ -40,8 +40,10 @@ const BLOCK_SIZE: u32 = 4096;
 
 /// What the files below `.twinfs` say that the view does not know.
 pub trait Report: Send + Sync + 'static {
-    /// Seconds from the consistency time to now, for `.twinfs/lag`. Must not block.
+    /// Seconds from the consistency time to now, for `.twinfs/lag`.
     fn lag(&self) -> String;
+    /// The consistency time, for `.twinfs/consistency_time`. While nothing is written it goes on without new groups.
+    fn consistency_time(&self) -> String;
 }
 
 /// Mounts what the image shows. To be mounted read-only; if somebody makes the mount writable, changes are refused
@@ -216,8 +218,7 @@ impl Replica {
         let mut text = match topic {
             Topic::Group => view.group().to_string(),
             Topic::Lag => self.report.lag(),
-            Topic::ConsistencyTime if view.consistency_time() == Timestamp::ZERO => "none yet".to_owned(),
-            Topic::ConsistencyTime => view.consistency_time().to_string(),
+            Topic::ConsistencyTime => self.report.consistency_time(),
         };
         text.push('\n');
         text.into_bytes()

@@ -30,6 +30,10 @@ impl Report for Texts {
     fn lag(&self) -> String {
         "0.00".to_owned()
     }
+
+    fn consistency_time(&self) -> String {
+        "then".to_owned()
+    }
 }
 
 /// An image, mounted; unmounted when it is dropped, also by a failing test.
