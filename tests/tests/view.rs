@@ -180,8 +180,7 @@ fn a_small_write_to_a_large_file_is_cheap() {
     let read = (after.0 - quiet.0).saturating_sub(quiet.0 - before.0);
     let written = (after.1 - quiet.1).saturating_sub(quiet.1 - before.1);
     println!("read {read} bytes, wrote {written} bytes");
-    // The aim is 64 KiB; the two commits of the file table make it some 70.
-    assert!(read <= 64 << 10 && written <= 96 << 10, "read {read} bytes, wrote {written} bytes");
+    assert!(read + written <= 64 << 10, "read {read} bytes, wrote {written} bytes");
     drop((file, view));
     pair.assert_converged();
 }

@@ -81,7 +81,7 @@ struct Binding<'a> {
 
 impl<'a> VolumeCheckpoint<'a> {
     /// Of a volume that is being copied, names may come before the objects that they stand for: for these, `copying`
-    /// makes empty objects, which the copy fills later.
+    /// makes empty objects, which the copy fills later. (Symlinks come before their names.)
     pub(super) fn new(
         shared: &'a Arc<Shared>,
         store: &'a Arc<dyn TreeStore>,
@@ -107,7 +107,7 @@ impl<'a> VolumeCheckpoint<'a> {
         for (file, object) in self.delta.objects().filter(|(_, object)| !object.is_gone()) {
             let target = match object.born() {
                 Some(target) => target,
-                None if self.copying && object.attr().is_some() && self.local(file)?.is_none() => b"",
+                None if self.copying && is_placeable(object) && self.local(file)?.is_none() => b"",
                 None => continue,
             };
             if let Some(local) = self.make(file, object, target)? {
@@ -564,6 +564,11 @@ impl<'a> VolumeCheckpoint<'a> {
         self.store.forget(&dir.handle);
         Ok(())
     }
+}
+
+/// Whether an empty object can stand for it until more is known.
+fn is_placeable(object: &ObjectDelta) -> bool {
+    object.attr().and_then(Attr::kind).is_some_and(|kind| kind != Kind::Symlink)
 }
 
 fn preimage_name(file: FileId) -> String {

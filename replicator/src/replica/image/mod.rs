@@ -38,7 +38,7 @@ use twinfs_core::delta::{DataRef, Delta};
 use twinfs_core::id::{FileId, GroupNumber, VolumeIndex, VolumeName};
 use twinfs_core::limits;
 use twinfs_core::stamp::{Seq, Timestamp};
-use twinfs_core::update::{Attr, ID_XATTR, Kind, Op, Update};
+use twinfs_core::update::{ID_XATTR, Op, Update};
 
 use self::checkpoint::VolumeCheckpoint;
 use self::files::{Local, Place, TreeStore};
@@ -413,20 +413,6 @@ impl Image {
         Ok(())
     }
 
-    /// Whether a volume that is being copied has a name for a symlink whose target has not come yet. Other objects can be
-    /// made before they come, a symlink cannot; it comes soon.
-    fn waits_for_targets(&self, state: &State) -> Result<bool, ImageError> {
-        for volume in state.volumes.iter().filter(|volume| !volume.view.member) {
-            for (file, object) in volume.view.live.objects().filter(|(_, object)| !object.is_gone()) {
-                let is_symlink = object.attr().and_then(Attr::kind) == Some(Kind::Symlink);
-                if is_symlink && object.born().is_none() && self.shared.table.local(file)?.is_none() {
-                    return Ok(true);
-                }
-            }
-        }
-        Ok(false)
-    }
-
     /// Makes the live deltas the frozen ones, unless there are frozen ones of a checkpoint that failed. Returns the state
     /// that the tree shall get, and what is frozen; `None` if there is nothing to do.
     fn freeze(&self) -> Result<Option<(TreeState, Vec<Frozen>)>, ImageError> {
@@ -438,7 +424,7 @@ impl Image {
             Some(target) => target,
             None => {
                 let target = state.as_tree();
-                if target.volumes == state.tree.volumes || self.waits_for_targets(&state)? {
+                if target.volumes == state.tree.volumes {
                     return Ok(None);
                 }
                 for volume in &mut state.volumes {

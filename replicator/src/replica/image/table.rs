@@ -230,8 +230,9 @@ impl Table {
     /// See [`TableError`].
     pub fn commit(&self, changes: &Changes<'_>) -> Result<(), TableError> {
         let mut write = self.db.begin_write()?;
-        // After a crash the database opens at once, however large it is.
-        write.set_quick_repair(true);
+        // After a crash the database opens at once, however large it is; only amid a checkpoint it has to be read through,
+        // which saves a third of what a small checkpoint writes.
+        write.set_quick_repair(changes.tree.is_some());
         {
             let (mut files, mut inodes) = (write.open_table(FILES)?, write.open_table(INODES)?);
             for file in changes.remove {
