@@ -35,6 +35,7 @@ pub use self::state::CopyState;
 pub(crate) use self::state::CopySwitch;
 pub(crate) use self::symlink::until_told;
 
+pub(crate) use self::object::next_data;
 use self::object::{Halt, Worker};
 use crate::mirror::Mirror;
 

@@ -6,6 +6,7 @@
 //! * [`fuse`] – the adapter: unpacks a request, calls, replies.
 //! * [`mirror`] – the file system itself, callable without FUSE; its operations stand in `ops`.
 //! * [`recorder`] – what the mirror tells of each change, and to whom.
+//! * `recovery` – what a killed process left half done.
 //! * [`copier`] – copies a volume while programs go on writing.
 //! * [`inode`], [`handle`], [`fds`], [`stripes`], [`credentials`] – its tables, locks and identities.
 //! * [`errno`] – the only map from errors to error numbers.
@@ -27,6 +28,7 @@ pub mod mount;
 mod ops;
 pub mod primary;
 pub mod recorder;
+mod recovery;
 pub mod replica;
 pub mod replica_view;
 pub mod slow;

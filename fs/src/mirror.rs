@@ -18,11 +18,13 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{AtFlags, Mode, OFlags, Stat, fstat, openat, statat};
+use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use twinfs_core::id::{FileId, VolumeIndex, VolumeInstance, VolumeName};
 use twinfs_core::stamp::Stamp;
-use twinfs_core::update::{Attr, AttrList, Intent, Kind, Op, UPDATE_HEADER_BYTES};
+use twinfs_core::update::{Attr, AttrList, Intent, Kind, Note, Op, UPDATE_HEADER_BYTES};
 use twinfs_core::{limits, update};
+use twinfs_replicator::primary::sidefile::Wanted;
 
 use crate::copier::CopySwitch;
 use crate::errno::{FsError, Result};
@@ -188,6 +190,11 @@ pub struct Entry {
     pub attributes: Attributes,
 }
 
+/// Bytes of an update without its names, values and data: header, at most five files, two ranges and a few lengths and
+/// flags, and the attributes.
+const UPDATE_BYTES: usize =
+    UPDATE_HEADER_BYTES + 5 * FileId::BYTES + 32 + limits::UPDATE_ATTRS_MAX * (FileId::BYTES + Attr::BYTES);
+
 /// Room for the update of an operation. Dropped, it becomes void.
 #[must_use]
 pub(crate) struct Reserved<'a> {
@@ -196,6 +203,11 @@ pub(crate) struct Reserved<'a> {
 }
 
 impl Reserved<'_> {
+    /// Notes what an operation on names found under its locks, right before it changes anything.
+    pub(crate) fn note(&self, note: Note) {
+        self.pending.note(note);
+    }
+
     /// Publishes the update, unless the session is suspended, or a copy of the volume reads later what the operation did.
     /// Called under the locks of all that it touched.
     pub(crate) fn publish(self, op: Op<&[u8]>, attrs: AttrList, data: &[u8]) -> Option<Stamp> {
@@ -328,6 +340,23 @@ impl Mirror {
         Ok(Reserved { pending, copy: &volume.copy })
     }
 
+    /// Reserves room for several updates of one operation, each with its intent and the bytes of names and values in it.
+    pub(crate) fn reserve_all<'a>(
+        &'a self,
+        volume: &'a Volume,
+        wanted: &[(Intent<'_>, usize, usize)],
+    ) -> Result<Vec<Reserved<'a>>> {
+        wanted.iter().for_each(|(intent, ..)| self.announce(intent));
+        let wanted = wanted.iter().map(|(intent, payload_bytes, data_bytes)| Wanted {
+            intent: *intent,
+            meta_bytes: UPDATE_BYTES + payload_bytes,
+            data_bytes: *data_bytes,
+        });
+        let wanted: Vec<_> = wanted.collect();
+        let pending = self.recorder.reserve_all(volume.index, &wanted)?;
+        Ok(pending.into_iter().map(|pending| Reserved { pending, copy: &volume.copy }).collect())
+    }
+
     /// The same for an update of the volume's copy.
     pub(crate) fn reserve_for_copy<'a>(
         &'a self,
@@ -336,23 +365,35 @@ impl Mirror {
         payload_bytes: usize,
         data_bytes: usize,
     ) -> Result<Box<dyn Pending + 'a>> {
-        /// Header, at most five files, two ranges and a few lengths and flags, and the attributes.
-        const FIXED: usize = UPDATE_HEADER_BYTES
-            + 5 * FileId::BYTES
-            + 32
-            + limits::UPDATE_ATTRS_MAX * (FileId::BYTES + Attr::BYTES);
+        self.announce(intent);
+        Ok(self.recorder.reserve(volume.index, intent, UPDATE_BYTES + payload_bytes, data_bytes)?)
+    }
+
+    /// Tells whoever keeps earlier content what is about to change.
+    fn announce(&self, intent: &Intent<'_>) {
         if let Some(before_change) = self.before_change.get() {
-            match *intent {
-                Intent::Range { file, .. } | Intent::Attrs { file } => before_change(file.ino),
-                Intent::Names { first: (dir, _), second } => {
-                    before_change(dir.ino);
-                    if let Some((dir, _)) = second {
-                        before_change(dir.ino);
-                    }
-                }
-            }
+            intent.files().into_iter().flatten().for_each(|file| before_change(file.ino));
         }
-        Ok(self.recorder.reserve(volume.index, intent, FIXED + payload_bytes, data_bytes)?)
+    }
+
+    /// An object by its id; `None` if it has no name any more.
+    pub(crate) fn object<'a>(&self, volume: &'a Volume, id: FileId) -> Result<Option<Target<'a>>> {
+        let fd = if id == volume.root {
+            volume.root_fd.clone()
+        } else {
+            match volume.shape.open(&volume.root_fd, id.ino, id.generation, libc::O_PATH) {
+                Ok(fd) => Arc::new(fd),
+                Err(FsError::Os(Errno::STALE | Errno::NOENT) | FsError::NoNode) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        };
+        let stat = fstat(&fd)?;
+        if stat.st_nlink == 0 {
+            return Ok(None);
+        }
+        let kind = Kind::of_mode(stat.st_mode).ok_or(FsError::Foreign)?;
+        let node = NodeRef { nodeid: id.ino, id, slot: volume.slot, kind, pin: None };
+        Ok(Some(Target { node, volume, fd }))
     }
 
     /// Looks up a name and locks the directory and what it stands for. `also` is locked with them.
@@ -456,7 +497,7 @@ pub(crate) fn names(dir: impl AsFd, name: &[u8], child: Option<&Child>) -> Resul
     match (statat(dir, name, AtFlags::SYMLINK_NOFOLLOW), child) {
         (Ok(stat), Some(child)) => Ok((stat.st_dev, stat.st_ino) == (child.stat.st_dev, child.stat.st_ino)),
         (Ok(_), None) => Ok(false),
-        (Err(rustix::io::Errno::NOENT), child) => Ok(child.is_none()),
+        (Err(Errno::NOENT), child) => Ok(child.is_none()),
         (Err(error), _) => Err(error.into()),
     }
 }

@@ -184,7 +184,8 @@ fn create(device: &OwnedFd, options: &MountOptions) -> io::Result<OwnedFd> {
 /// The system's.
 pub fn remove_dead(path: &Path) -> io::Result<()> {
     for _ in 0..limits::DEAD_MOUNTS_MAX {
-        match rustix::fs::stat(path) {
+        // What the kernel has cached of a dead mount's root must not make it look alive.
+        match statx(CWD, path, AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS) {
             Err(Errno::NOTCONN) => {
                 tracing::warn!(path = %path.display(), "removing the mount of a daemon that was killed");
                 unmount(path, UnmountFlags::DETACH)?;

@@ -18,7 +18,7 @@ use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_replicator::control::{self, Answer, Handler, Request};
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica};
-use twinfs_replicator::primary::sidefile::{Capture, Start};
+use twinfs_replicator::primary::sidefile::{Capture, Start, StartVolume, Survivors};
 use twinfs_replicator::primary::store::{self, MarkKeeper};
 use twinfs_replicator::site::{SiteDir, State, VolumeState, replace_durably};
 
@@ -195,19 +195,36 @@ impl Running {
         let order = session_order(&state, &arguments.mirrored);
         let mut suspended = state.suspended;
         let mut reason = suspended.map(|_| "since before the last stop".to_owned());
-        let (capture, survived) =
+        let (capture, last_run) =
             open_sidefile(&site, session, &state, arguments.sidefile_bytes, order.len())?;
         let capture = Arc::new(capture);
-        if !survived && !state.clean {
-            suspended = Some(SuspendReason::Error);
-            reason = Some(
-                "the last run was killed, or power failed: what it captured may be incomplete, and recovery is not in \
-                 this version"
-                    .to_owned(),
-            );
+        match &last_run {
+            LastRun::Clean(_) => {}
+            LastRun::Killed(survivors) if survivors.dropped => {
+                suspended = suspended.or(Some(SuspendReason::Error));
+                reason =
+                    reason.or(Some("the last run was killed while the session was suspended".to_owned()));
+            }
+            LastRun::Killed(survivors) => tracing::warn!(
+                updates = survivors.updates,
+                under_way = survivors.intents.len(),
+                "the last run was killed; what it captured is in the sidefile, and goes to the replica now"
+            ),
+            LastRun::Lost => {
+                suspended = Some(SuspendReason::Error);
+                reason = Some("power failed: what was captured and not shipped is lost".to_owned());
+            }
         }
         let mark = MarkKeeper::start(site.clone(), Arc::clone(&capture))?;
         let opened = open_mirrors(&state, &arguments.mirrored, &order, sources, &capture)?;
+        let survivors = last_run.survivors();
+        if suspended.is_none() {
+            for left in survivors.iter().flat_map(|survivors| &survivors.intents) {
+                let mirror = &opened[left.volume.as_usize()].mirror;
+                mirror.recover(left).context("cannot read again what the last run had under way")?;
+            }
+        }
+        capture.settle_left();
         if suspended.is_some() {
             capture.suspend();
             tracing::error!(reason, "the session is SUSPENDED: the mount works, but nothing is mirrored");
@@ -234,7 +251,7 @@ impl Running {
             incarnation: config.incarnation,
             level: arguments.level,
         };
-        let sender_volumes = sender_volumes(&site, &opened)?;
+        let sender_volumes = sender_volumes(&site, &opened, survivors)?;
         let mut sender = Sender::new(config, sender_volumes, capture.now());
         if let Some(reason) = suspended {
             sender.handle_let_go();
@@ -247,10 +264,12 @@ impl Running {
         });
         let mut copies = Vec::new();
         for (index, opened) in (0..).map(VolumeIndex).zip(&opened) {
-            let is_whole = opened.state.complete.is_some() || opened.state.state == CopyState::Duplex;
+            let is_whole = sender.is_whole(index);
             if !is_whole && suspended.is_none() {
                 sender.handle_copy_started(index)?;
-                let saved = read_copy_state(&site, &opened.state.name)?;
+                // A killed run has left none that would be true.
+                let was_clean = matches!(last_run, LastRun::Clean(_));
+                let saved = if was_clean { read_copy_state(&site, &opened.state.name)? } else { None };
                 let prepared = Copier::prepare(&opened.mirror, index, saved.as_deref());
                 let prepared = prepared
                     .with_context(|| format!("cannot go on with the copy of {}", opened.state.name))?;
@@ -338,6 +357,7 @@ impl Running {
             volume.acked_set = kept.acked.number;
             volume.acked_hash = kept.acked.hash;
             volume.acked_seq = kept.acked.last_seq;
+            volume.acked_end = kept.acked_end;
             volume.end = kept.end;
             volume.last_seq = last_seq;
         }
@@ -395,21 +415,45 @@ fn session_order(state: &State, mirrored: &[Mirrored]) -> Vec<usize> {
     known.iter().copied().chain(new).collect()
 }
 
-/// Opens the sidefile that an earlier run left, or makes one. Returns whether everything that was captured and not
-/// shipped is there.
+/// How the run before this one ended.
+enum LastRun {
+    /// It was stopped, or there was none.
+    Clean(Option<Survivors>),
+    /// Its process ended in some other way; the machine went on.
+    Killed(Survivors),
+    /// The machine went down with it, and with what was in memory.
+    Lost,
+}
+
+impl LastRun {
+    const fn survivors(&self) -> Option<&Survivors> {
+        match self {
+            Self::Clean(survivors) => survivors.as_ref(),
+            Self::Killed(survivors) => Some(survivors),
+            Self::Lost => None,
+        }
+    }
+}
+
+/// Opens the sidefile that an earlier run left, or makes one.
 fn open_sidefile(
     site: &SiteDir,
     session: SessionId,
     state: &State,
     bytes: u64,
     volumes: usize,
-) -> anyhow::Result<(Capture, bool)> {
-    let mut last_seq: Vec<Seq> = state.volumes.iter().map(|volume| volume.last_seq).collect();
-    last_seq.resize(volumes, Seq::ZERO);
-    let floor = site.stamp_mark()?;
-    let limit = store::mark_after(floor);
+) -> anyhow::Result<(Capture, LastRun)> {
+    let known = state.volumes.iter().map(|volume| StartVolume {
+        last_seq: volume.last_seq,
+        acked: acked_of(volume),
+        end: volume.acked_end,
+        complete: volume.complete,
+    });
+    let mut known: Vec<_> = known.collect();
+    known.resize(volumes, StartVolume::NEW);
+    let mark = site.stamp_mark()?;
+    let limit = store::mark_after(mark);
     site.save_stamp_mark(limit)?;
-    let start = Start { session, last_seq: &last_seq, floor, limit };
     let here = site.sidefile()?;
     for other in site.sidefiles()?.into_iter().filter(|path| *path != here) {
         if Capture::was_clean(&other) {
@@ -419,12 +463,19 @@ fn open_sidefile(
             std::fs::remove_file(&other).context("cannot remove an outdated sidefile")?;
         }
     }
+    let start = |floor| Start { session, volumes: &known, floor, limit };
     if !here.exists() {
-        return Ok((Capture::create(&here, bytes, &start)?, state.clean));
+        let capture = Capture::create(&here, bytes, &start(mark))?;
+        return Ok((capture, if state.clean { LastRun::Clean(None) } else { LastRun::Lost }));
     }
     let clean = Capture::was_clean(&here) && state.clean;
-    let (capture, intents) = Capture::open(&here, &start)?;
-    Ok((capture, clean && intents == 0))
+    // A sidefile knows the last timestamp; the mark lies ahead of it.
+    let (capture, survivors) = Capture::open(&here, &start(if clean { mark } else { Timestamp::ZERO }))?;
+    Ok((capture, if clean { LastRun::Clean(Some(survivors)) } else { LastRun::Killed(survivors) }))
+}
+
+fn acked_of(volume: &VolumeState) -> ChainPoint {
+    ChainPoint { number: volume.acked_set, hash: volume.acked_hash, last_seq: volume.acked_seq }
 }
 
 fn open_mirrors(
@@ -469,6 +520,7 @@ fn open_mirrors(
                 acked_set: ChainPoint::START.number,
                 acked_hash: ChainPoint::START.hash,
                 acked_seq: Seq::ZERO,
+                acked_end: Timestamp::ZERO,
                 end: Timestamp::ZERO,
                 last_seq: Seq::ZERO,
             },
@@ -487,23 +539,41 @@ pub(crate) fn new_instance() -> anyhow::Result<VolumeInstance> {
     }
 }
 
-fn sender_volumes(site: &SiteDir, opened: &[Opened]) -> anyhow::Result<Vec<SenderVolume<Bytes>>> {
+fn sender_volumes(
+    site: &SiteDir,
+    opened: &[Opened],
+    survivors: Option<&Survivors>,
+) -> anyhow::Result<Vec<SenderVolume<Bytes>>> {
     let mut kept: BTreeMap<VolumeName, Vec<IssuedSet<Bytes>>> = BTreeMap::new();
     for (volume, set) in store::load_sets(site)? {
         kept.entry(volume).or_default().push(set);
     }
-    let volumes = opened.iter().map(|opened| {
+    let volumes = opened.iter().enumerate().map(|(at, opened)| {
         let state = &opened.state;
-        SenderVolume {
+        let mut volume = SenderVolume {
             name: state.name.clone(),
             instance: state.instance,
             root: opened.root,
             state: state.state,
             complete: state.complete,
-            acked: ChainPoint { number: state.acked_set, hash: state.acked_hash, last_seq: state.acked_seq },
+            acked: acked_of(state),
+            acked_end: state.acked_end,
             end: state.end,
             issued: kept.remove(&state.name).unwrap_or_default(),
+            forgotten: Vec::new(),
+        };
+        // What the sidefile knows is newer, if the last run was killed.
+        if let Some(chain) = survivors.and_then(|survivors| survivors.volumes.get(at)) {
+            if chain.acked.number > volume.acked.number {
+                (volume.acked, volume.acked_end, volume.end) = (chain.acked, chain.end, chain.end);
+            }
+            volume.complete = volume.complete.or(chain.complete);
+            volume.issued.retain(|set| set.number > volume.acked.number);
+            let last = volume.issued.last().map_or(volume.acked.number, |set| set.number);
+            volume.forgotten =
+                chain.issued.iter().filter(|(point, _)| point.number > last).copied().collect();
         }
+        volume
     });
     Ok(volumes.collect())
 }

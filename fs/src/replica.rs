@@ -9,9 +9,9 @@ use twinfs_certs::Identity;
 use twinfs_core::id::{Epoch, SessionId, SiteName, VolumeIndex};
 use twinfs_core::session::Role;
 use twinfs_core::session::receiver::Ordering;
-use twinfs_core::stamp::{Seq, Timestamp};
+use twinfs_core::stamp::Timestamp;
 use twinfs_replicator::control::{self, Answer, Handler, Request};
-use twinfs_replicator::primary::sidefile::{self, Capture, Start};
+use twinfs_replicator::primary::sidefile::{self, Capture, Start, StartVolume};
 use twinfs_replicator::replica::driver::{PromoteMode, Promoted, Replica, ReplicaConfig};
 use twinfs_replicator::site::{self, SiteDir, State};
 
@@ -242,9 +242,8 @@ impl Daemon {
             std::fs::remove_file(&old).with_context(|| format!("cannot remove {}", old.display()))?;
         }
         let session = SessionId::from_bytes(daemon::random()?);
-        let last_seq = vec![Seq::ZERO; volumes];
-        let start =
-            Start { session, last_seq: &last_seq, floor: Timestamp::ZERO, limit: Timestamp(u64::MAX) };
+        let volumes = vec![StartVolume::NEW; volumes];
+        let start = Start { session, volumes: &volumes, floor: Timestamp::ZERO, limit: Timestamp(u64::MAX) };
         let capture = Capture::create(&path, sidefile::bytes_min(), &start)?;
         capture.suspend();
         Ok(Arc::new(capture))

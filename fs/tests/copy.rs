@@ -20,8 +20,8 @@ use twinfs::mirror::{Caller, Mirror};
 use twinfs_core::id::VolumeIndex;
 use twinfs_core::model::Random;
 use twinfs_core::stamp::Stamp;
-use twinfs_core::update::{AttrList, Intent, Op, OpKind};
-use twinfs_replicator::primary::sidefile::Refused;
+use twinfs_core::update::{AttrList, Intent, Note, Op, OpKind};
+use twinfs_replicator::primary::sidefile::{Refused, Wanted};
 
 fn seeds(default: u64) -> Vec<u64> {
     let number = |key| std::env::var(key).ok().map(|text: String| text.parse().unwrap());
@@ -229,9 +229,19 @@ impl twinfs::recorder::Recorder for Suspended {
     ) -> Result<Box<dyn twinfs::recorder::Pending + 'a>, Refused> {
         Ok(Box::new(Self))
     }
+
+    fn reserve_all<'a>(
+        &'a self,
+        _volume: VolumeIndex,
+        wanted: &[Wanted<'_>],
+    ) -> Result<Vec<Box<dyn twinfs::recorder::Pending + 'a>>, Refused> {
+        Ok(wanted.iter().map(|_| Box::new(Self) as _).collect())
+    }
 }
 
 impl twinfs::recorder::Pending for Suspended {
+    fn note(&self, _note: Note) {}
+
     fn publish(self: Box<Self>, _op: Op<&[u8]>, _attrs: AttrList, _data: &[u8]) -> Option<Stamp> {
         None
     }

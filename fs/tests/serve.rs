@@ -16,7 +16,7 @@ use twinfs::mount::MountOptions;
 use twinfs_core::id::VolumeIndex;
 use twinfs_core::stamp::Stamp;
 use twinfs_core::update::{AttrList, Intent, Op};
-use twinfs_replicator::primary::sidefile::Refused;
+use twinfs_replicator::primary::sidefile::{Refused, Wanted};
 
 /// Forgets everything.
 struct Nothing;
@@ -31,9 +31,19 @@ impl twinfs::recorder::Recorder for Nothing {
     ) -> Result<Box<dyn twinfs::recorder::Pending + 'a>, Refused> {
         Ok(Box::new(Self))
     }
+
+    fn reserve_all<'a>(
+        &'a self,
+        _volume: VolumeIndex,
+        wanted: &[Wanted<'_>],
+    ) -> Result<Vec<Box<dyn twinfs::recorder::Pending + 'a>>, Refused> {
+        Ok(wanted.iter().map(|_| Box::new(Self) as _).collect())
+    }
 }
 
 impl twinfs::recorder::Pending for Nothing {
+    fn note(&self, _note: twinfs_core::update::Note) {}
+
     fn publish(self: Box<Self>, _op: Op<&[u8]>, _attrs: AttrList, _data: &[u8]) -> Option<Stamp> {
         None
     }

@@ -127,6 +127,8 @@ pub struct VolumeState {
     pub acked_hash: SetHash,
     /// The last update in it.
     pub acked_seq: Seq,
+    /// Where its interval ended.
+    pub acked_end: Timestamp,
     /// Where the last interval ended.
     pub end: Timestamp,
     /// The last update that was captured.

@@ -13,11 +13,11 @@ use twinfs_core::id::{
 use twinfs_core::session::receiver::Ordering;
 use twinfs_core::session::sender::{Sender, SenderConfig, SenderVolume};
 use twinfs_core::session::{ChainPoint, Role, VolumeState};
-use twinfs_core::stamp::{Seq, Timestamp};
+use twinfs_core::stamp::Timestamp;
 use twinfs_core::update::{Attr, AttrList, Intent, Op};
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica as Peer};
-use twinfs_replicator::primary::sidefile::{Capture, Start, bytes_min};
+use twinfs_replicator::primary::sidefile::{Capture, Start, StartVolume, bytes_min};
 use twinfs_replicator::replica::driver::{PromoteMode, Replica, ReplicaConfig};
 use twinfs_replicator::site::{SiteDir, State};
 
@@ -101,7 +101,8 @@ fn what_is_published_is_shown_survives_restarts_and_can_be_promoted() {
     let replica = start_replica(&chi, &replica_identity, &listen);
 
     let session = SessionId::from_bytes([3; 16]);
-    let start = Start { session, last_seq: &[Seq::ZERO], floor: Timestamp::ZERO, limit: Timestamp(u64::MAX) };
+    let start =
+        Start { session, volumes: &[StartVolume::NEW], floor: Timestamp::ZERO, limit: Timestamp(u64::MAX) };
     let capture = Arc::new(Capture::create(&nyc.join("sidefile"), bytes_min(), &start).unwrap());
     let epoch = Epoch { number: 1, site: primary_identity.id() };
     let volume = SetVolume {
@@ -125,6 +126,8 @@ fn what_is_published_is_shown_survives_restarts_and_can_be_promoted() {
         acked: ChainPoint::START,
         end: Timestamp::ZERO,
         issued: Vec::new(),
+        acked_end: Timestamp::ZERO,
+        forgotten: Vec::new(),
     };
     let mut sender = Sender::new(config, vec![kept], capture.now());
     sender.handle_copy_started(V).unwrap();

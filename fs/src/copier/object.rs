@@ -18,7 +18,6 @@ use twinfs_core::update::{AttrList, Intent, Kind, Op};
 use super::state::{CopyState, Item, WHOLE};
 use super::{CopyRoom, Room};
 use crate::errno::FsError;
-use crate::inode::NodeRef;
 use crate::mirror::{Mirror, Target, Volume, attr};
 use crate::ops::attr::fd_path;
 use crate::ops::data::read_full;
@@ -96,22 +95,11 @@ impl Worker {
         let (ino, generation) = item.key;
         let root = self.state.root();
         let id = FileId { ino, generation, ..root };
-        let volume = self.volume();
-        let fd = if id == root {
-            volume.root_fd.clone()
-        } else {
-            match volume.shape.open(&volume.root_fd, ino, generation, libc::O_PATH) {
-                Ok(fd) => Arc::new(fd),
-                Err(FsError::Os(Errno::STALE | Errno::NOENT) | FsError::NoNode) => {
-                    self.state.skip();
-                    return Ok(());
-                }
-                Err(error) => return Err(error.into()),
-            }
+        let Some(target) = self.mirror.object(self.volume(), id)? else {
+            self.state.skip();
+            return Ok(());
         };
-        let kind = Kind::of_mode(fstat(&fd)?.st_mode).ok_or(FsError::Foreign)?;
-        let node = NodeRef { nodeid: ino, id, slot: self.slot, kind, pin: None };
-        match self.parts(&Target { node, volume, fd })? {
+        match self.parts(&target)? {
             Life::Named => self.state.finish(),
             Life::Gone => self.state.skip(),
         }
@@ -313,7 +301,7 @@ fn data_bytes(stat: &Stat) -> u64 {
 
 /// The first piece of data at or after `from`, and how long it is, at most [`limits::WRITE_BYTES_MAX`]; `None` if there
 /// is none up to the end of the file.
-fn next_data(file: &OwnedFd, from: u64) -> Step<Option<(u64, usize)>> {
+pub(crate) fn next_data(file: &OwnedFd, from: u64) -> rustix::io::Result<Option<(u64, usize)>> {
     let start = match seek(file, SeekFrom::Data(from)) {
         Err(Errno::NXIO) => return Ok(None),
         other => other?,

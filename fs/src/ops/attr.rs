@@ -114,8 +114,7 @@ impl Mirror {
         }
         let file = target.node.id;
         let path = fd_path(&target);
-        let intent = Intent::Range { file, offset: size, len: u64::MAX };
-        let pending = self.reserve(target.volume, &intent, 0, 0)?;
+        let pending = self.reserve(target.volume, &Intent::Size { file }, 0, 0)?;
         let _guard = self.stripes.lock(&[file]);
         {
             let _set_id = SetId::keep(caller.keeps_set_id())?;
@@ -134,7 +133,11 @@ impl Mirror {
             // The mode is a part of an access ACL: whoever changes the one changes the other.
             let acl_bytes = if set.mode.is_some() { self.xattr_len(&target, ACCESS_ACL)? } else { None };
             let payload = acl_bytes.map_or(0, |len| len + ACCESS_ACL.len());
-            let pending = self.reserve(target.volume, &Intent::Attrs { file }, payload, 0)?;
+            let intent = match acl_bytes {
+                Some(_) => Intent::Xattr { file, name: ACCESS_ACL },
+                None => Intent::Attrs { file },
+            };
+            let pending = self.reserve(target.volume, &intent, payload, 0)?;
             let _guard = self.stripes.lock(&[file]);
             if set.mode.is_some() && self.xattr_len(&target, ACCESS_ACL)? != acl_bytes {
                 continue;

@@ -13,7 +13,8 @@ use twinfs_core::update::{Intent, Kind, Op};
 use crate::credentials::{Caller, SetId};
 use crate::errno::{FsError, Result};
 use crate::inode::NodeRef;
-use crate::mirror::{Mirror, Target, attr, read_back};
+use crate::mirror::{Mirror, Reserved, Target, attr, read_back};
+use crate::stripes::Guard;
 
 /// A file that a program has open.
 #[derive(Debug)]
@@ -137,11 +138,8 @@ impl Mirror {
         data_bytes: usize,
         change: impl FnOnce(u64) -> Result<(T, Op<&'static [u8]>, &'d [u8])>,
     ) -> Result<(T, bool)> {
-        let volume = &self.volumes[file.slot];
-        let pending = self.reserve(volume, intent, 0, data_bytes)?;
-        let guard = self.stripes.lock(&[file.id]);
+        let (pending, lost, _guard) = self.reserve_content(file, intent, data_bytes)?;
         let before = fstat(&file.fd)?;
-        let capable = has_capability(&file.fd);
         let outcome = {
             let _set_id = SetId::keep(keep_set_id || before.st_mode & SET_ID_BITS == 0)?;
             change(u64::try_from(before.st_size).unwrap_or_default())
@@ -159,29 +157,39 @@ impl Mirror {
             }
         };
         let _stamp = pending.publish(op, attrs, data);
-        drop(guard);
-        if capable {
-            self.note_capability_lost(file)?;
+        // The backing file system takes file capabilities away from what is written; unless the kernel did so before, by a
+        // call of its own, that has to be recorded.
+        if let Some(pending) = lost.filter(|_| !has_capability(&file.fd)) {
+            let attrs = std::iter::once((file.id, attr(&after))).collect();
+            let _stamp = pending.publish(Op::RemoveXattr { file: file.id, name: CAPABILITY }, attrs, &[]);
         }
         Ok((result, before.st_mode != after.st_mode))
     }
 
-    /// The backing file system takes file capabilities away from what is written; unless the kernel did so before, by a
-    /// call of its own, that has to be recorded.
-    fn note_capability_lost(&self, file: &OpenFile) -> Result<()> {
-        let pending =
-            self.reserve(&self.volumes[file.slot], &Intent::Attrs { file: file.id }, CAPABILITY.len(), 0)?;
-        let _guard = self.stripes.lock(&[file.id]);
+    /// Reserves room for a change of content, and for the loss of a capability if the file has one; and locks the file.
+    fn reserve_content<'a>(
+        &'a self,
+        file: &OpenFile,
+        intent: &Intent<'_>,
+        data_bytes: usize,
+    ) -> Result<(Reserved<'a>, Option<Reserved<'a>>, Guard<'a>)> {
+        let volume = &self.volumes[file.slot];
+        let pending = self.reserve(volume, intent, 0, data_bytes)?;
+        let guard = self.stripes.lock(&[file.id]);
         if !has_capability(&file.fd) {
-            let attrs = std::iter::once((file.id, attr(&read_back(&file.fd)?))).collect();
-            let _stamp = pending.publish(Op::RemoveXattr { file: file.id, name: CAPABILITY }, attrs, &[]);
+            return Ok((pending, None, guard));
         }
-        Ok(())
+        drop((pending, guard));
+        let lost = Intent::Xattr { file: file.id, name: CAPABILITY };
+        let mut both =
+            self.reserve_all(volume, &[(*intent, 0, data_bytes), (lost, CAPABILITY.len(), 0)])?.into_iter();
+        let (pending, lost) = (both.next().ok_or(FsError::Unrecorded)?, both.next());
+        Ok((pending, lost, self.stripes.lock(&[file.id])))
     }
 
     /// Sets the size of an open file.
     pub(crate) fn truncate_open(&self, caller: Caller, file: &OpenFile, size: u64) -> Result<()> {
-        let intent = Intent::Range { file: file.id, offset: size, len: u64::MAX };
+        let intent = Intent::Size { file: file.id };
         self.change_content(file, caller.keeps_set_id(), &intent, 0, |_| {
             ftruncate(&file.fd, size)?;
             Ok(((), Op::Truncate { file: file.id, size }, &[]))
@@ -236,7 +244,8 @@ pub(crate) fn read_full(fd: &OwnedFd, offset: u64, buffer: &mut [u8]) -> Result<
     Ok(done)
 }
 
-const CAPABILITY: &[u8] = b"security.capability";
+/// File capabilities.
+pub(crate) const CAPABILITY: &[u8] = b"security.capability";
 
 fn has_capability(fd: &OwnedFd) -> bool {
     rustix::fs::fgetxattr(fd, CAPABILITY, &mut [0_u8; 0][..]).is_ok()

@@ -8,12 +8,12 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use twinfs_core::limits;
-use twinfs_core::update::{AttrList, Intent, Kind, Op};
+use twinfs_core::update::{AttrList, Intent, Kind, Note, Op, OpKind};
 
 use crate::copier::until_told;
 use crate::credentials::{Caller, Making};
 use crate::errno::{FsError, Result};
-use crate::mirror::{Attributes, Child, Entry, Mirror, Target, attr, names, read_back, unrecorded};
+use crate::mirror::{Attributes, Child, Entry, Mirror, Reserved, Target, attr, names, read_back, unrecorded};
 use crate::ops::attr::SetAttr;
 use crate::ops::data::{OpenFile, backing_flags, is_heavy};
 use crate::stripes::Guard;
@@ -168,11 +168,12 @@ impl Mirror {
     ) -> Result<(Entry, Option<OwnedFd>)> {
         use std::os::fd::AsFd;
         let dir = self.parent(parent, name)?;
-        let intent = Intent::Names { first: (dir.node.id, name), second: None };
-        let pending = self.reserve(dir.volume, &intent, name.len() + target.len(), 0)?;
-        let guard = self.stripes.lock(&[dir.node.id]);
-        // Under the lock: an ACL that is set now is not inherited any more.
-        let inherits = self.has_default_acl(&dir.fd);
+        let (reserved, _guard) = self.reserve_birth(&dir, name, target.len())?;
+        let mut reserved = reserved.into_iter();
+        let pending = reserved.next().ok_or(FsError::Unrecorded)?;
+        if names(&dir.fd, name, None)? {
+            pending.note(Note { op: OpKind::Create, first: None, second: None });
+        }
         let opened = {
             let _making = Making::files_of(caller, umask)?;
             call(dir.fd.as_fd())?
@@ -182,14 +183,39 @@ impl Mirror {
         let op = Op::Create { dir: dir.node.id, name, file: child.id, target };
         let attrs = [(child.id, attr(&child.stat)), (dir.node.id, attr(&read_back(&dir.fd)?))];
         let _stamp = pending.publish(op, attrs.into_iter().collect(), &[]);
-        let id = child.id;
         let kind = child.kind;
         let entry = self.learn(&dir, name, child);
-        drop(guard);
-        if inherits && kind != Kind::Symlink {
-            self.record_inherited_acls(entry.nodeid, id)?;
+        if reserved.len() > 0 && kind != Kind::Symlink {
+            self.record_inherited_acls(&self.target(entry.nodeid)?, reserved)?;
         }
         Ok((entry, opened))
+    }
+
+    /// Reserves room for a birth, and for the ACLs that the new object inherits; and locks the directory.
+    fn reserve_birth<'a>(
+        &'a self,
+        dir: &Target<'a>,
+        name: &[u8],
+        target_len: usize,
+    ) -> Result<(Vec<Reserved<'a>>, Guard<'a>)> {
+        let id = dir.node.id;
+        let birth = (Intent::Names { first: (id, name), second: None }, name.len() + target_len, 0);
+        for _ in 0..limits::LOOKUP_RETRIES_MAX {
+            let inherits = self.default_acl_len(dir);
+            let reserved = match inherits {
+                None => vec![self.reserve(dir.volume, &birth.0, birth.1, 0)?],
+                Some(len) => {
+                    let [access, default] = Self::inherited_acls(id, name, len);
+                    self.reserve_all(dir.volume, &[birth, access, default])?
+                }
+            };
+            let guard = self.stripes.lock(&[id]);
+            // Under the lock: an ACL that is set now is not inherited any more.
+            if self.default_acl_len(dir) == inherits {
+                return Ok((reserved, guard));
+            }
+        }
+        Err(FsError::Restless)
     }
 
     /// Gives an object a further name.
@@ -206,6 +232,7 @@ impl Mirror {
         let pending = self.reserve(dir.volume, &intent, name.len(), 0)?;
         let _guard = self.stripes.lock(&[dir.node.id, file.node.id]);
         dir.volume.copy.found(file.node.id);
+        pending.note(Note { op: OpKind::Link, first: Some((file.node.id, file.node.kind)), second: None });
         linkat(&file.fd, c"", &dir.fd, name, AtFlags::EMPTY_PATH)?;
         let child =
             dir.volume.child(&dir.fd, name).map_err(|error| unrecorded("looking up a new name", error))?;
@@ -229,6 +256,7 @@ impl Mirror {
             let told = !dir.volume.copy.owes(locked.0.id, locked.0.kind);
             Ok(told.then_some((pending, locked)))
         })?;
+        pending.note(Note { op: OpKind::Unlink, first: Some((child.id, child.kind)), second: None });
         unlinkat(&dir.fd, name, if directory { AtFlags::REMOVEDIR } else { AtFlags::empty() })?;
         let stat = read_back(&child.fd)?;
         let op = Op::Unlink { dir: dir.node.id, name, file: child.id };
@@ -276,6 +304,12 @@ impl Mirror {
         for moved in [Some(&child), other.as_ref()].into_iter().flatten() {
             copy.found(moved.id);
         }
+        let exchange = flags.contains(RenameFlags::EXCHANGE);
+        pending.note(Note {
+            op: if exchange { OpKind::Exchange } else { OpKind::Rename },
+            first: Some((child.id, child.kind)),
+            second: other.as_ref().map(|other| (other.id, other.kind)),
+        });
         renameat_with(&from.fd, name, &to.fd, new_name, flags)?;
         if other.as_ref().is_some_and(|other| other.id == child.id) {
             return Ok(()); // Two names of one object: POSIX says that nothing happens, so nothing is recorded.
@@ -291,7 +325,6 @@ impl Mirror {
             other_links = stat.st_nlink;
             attrs.push(other.id, attr(&stat));
         }
-        let exchange = flags.contains(RenameFlags::EXCHANGE);
         let op = match &other {
             Some(other) if exchange => Op::Exchange {
                 a_dir: from.node.id,

@@ -1,21 +1,18 @@
 //! Extended attributes and ACLs.
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-
 use rustix::fs::{XattrFlags, getxattr, getxattr_query, listxattr, removexattr, setxattr};
 use rustix::io::Errno;
 use twinfs_core::id::FileId;
 use twinfs_core::limits;
-use twinfs_core::update::{Intent, Kind, Op, is_xattr_name};
+use twinfs_core::update::{Intent, Op, is_xattr_name};
 
 use crate::credentials::{Caller, SetId};
 use crate::errno::{FsError, Result};
-use crate::mirror::{Mirror, Target, attr, read_back, unrecorded};
+use crate::mirror::{Mirror, Reserved, Target, attr, read_back, unrecorded};
 use crate::ops::attr::fd_path;
 
 pub(crate) const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
-const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
+pub(crate) const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
 /// How xfs keeps the ACLs, which it shows a second time under their own names.
 const XFS_ACLS: &[u8] = b"trusted.SGI_ACL_";
 /// Only the superuser sees these.
@@ -66,7 +63,8 @@ impl Mirror {
             return Err(FsError::Os(Errno::TOOBIG));
         }
         let file = target.node.id;
-        let pending = self.reserve(target.volume, &Intent::Attrs { file }, name.len() + value.len(), 0)?;
+        let intent = Intent::Xattr { file, name };
+        let pending = self.reserve(target.volume, &intent, name.len() + value.len(), 0)?;
         let _guard = self.stripes.lock(&[file]);
         {
             let _set_id = SetId::keep(name != ACCESS_ACL || caller.keeps_set_id())?;
@@ -95,7 +93,7 @@ impl Mirror {
     pub fn removexattr(&self, nodeid: u64, name: &[u8]) -> Result<()> {
         let target = self.xattr_target(nodeid, name)?;
         let file = target.node.id;
-        let pending = self.reserve(target.volume, &Intent::Attrs { file }, name.len(), 0)?;
+        let pending = self.reserve(target.volume, &Intent::Xattr { file, name }, name.len(), 0)?;
         let _guard = self.stripes.lock(&[file]);
         removexattr(fd_path(&target), name)?;
         let attrs = std::iter::once((file, attr(&read_back(&target.fd)?))).collect();
@@ -126,25 +124,31 @@ impl Mirror {
         }
     }
 
-    /// Whether what is made in a directory inherits an ACL.
-    pub(crate) fn has_default_acl(&self, dir: &Arc<OwnedFd>) -> bool {
-        use std::os::fd::AsRawFd;
-        getxattr_query(format!("/proc/self/fd/{}", dir.as_raw_fd()), DEFAULT_ACL).is_ok_and(|len| len > 0)
+    /// The length of the ACL that what is made in a directory inherits, if there is one.
+    pub(crate) fn default_acl_len(&self, dir: &Target<'_>) -> Option<usize> {
+        self.xattr_len(dir, DEFAULT_ACL).ok().flatten().filter(|len| *len > 0)
     }
 
-    /// Records the ACLs that a new object has inherited. Nobody was told of the object yet.
-    pub(crate) fn record_inherited_acls(&self, nodeid: u64, file: FileId) -> Result<()> {
-        let target = self.target(nodeid)?;
-        let names: &[&[u8]] =
-            if target.node.kind == Kind::Dir { &[ACCESS_ACL, DEFAULT_ACL] } else { &[ACCESS_ACL] };
-        for name in names {
-            let Some(len) = self.xattr_len(&target, name)? else { continue };
-            let pending = self.reserve(target.volume, &Intent::Attrs { file }, name.len() + len, 0)?;
-            let _guard = self.stripes.lock(&[file]);
-            if let Some(value) = self.read_xattr(&target, name)?.filter(|value| value.len() <= len) {
+    /// What [`record_inherited_acls`](Self::record_inherited_acls) needs room for, if the ACL has `len` bytes.
+    pub(crate) fn inherited_acls<'n>(
+        dir: FileId,
+        name: &'n [u8],
+        len: usize,
+    ) -> [(Intent<'n>, usize, usize); 2] {
+        [ACCESS_ACL, DEFAULT_ACL].map(|acl| (Intent::Acls { dir, name }, acl.len() + len, 0))
+    }
+
+    /// Records the ACLs that a new object has inherited, under the lock of its directory: nobody knows the object yet.
+    pub(crate) fn record_inherited_acls<'a>(
+        &self,
+        target: &Target<'_>,
+        reserved: impl Iterator<Item = Reserved<'a>>,
+    ) -> Result<()> {
+        let file = target.node.id;
+        for (pending, name) in reserved.zip([ACCESS_ACL, DEFAULT_ACL]) {
+            if let Some(value) = self.read_xattr(target, name)? {
                 let attrs = std::iter::once((file, attr(&read_back(&target.fd)?))).collect();
-                let _stamp =
-                    pending.publish(Op::SetXattr { file, name, value: value.as_slice() }, attrs, &[]);
+                let _stamp = pending.publish(Op::SetXattr { file, name, value: &value }, attrs, &[]);
             }
         }
         Ok(())

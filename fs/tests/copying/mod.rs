@@ -1,5 +1,5 @@
 //! What the tests of the copy share: programs that act at random, and what a replica makes of the records.
-#![allow(unreachable_pub, reason = "each test binary uses a part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "this is a part of tests")]
 
 pub mod actor;

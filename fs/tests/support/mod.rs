@@ -14,8 +14,8 @@ use twinfs::mount::{MountOptions, Mounted, Unmounted};
 use twinfs::recorder::{Pending, Recorder};
 use twinfs_core::id::{VolumeIndex, VolumeInstance, VolumeName};
 use twinfs_core::stamp::{Seq, Stamp, Timestamp};
-use twinfs_core::update::{AttrList, Intent, Op, Update};
-use twinfs_replicator::primary::sidefile::Refused;
+use twinfs_core::update::{AttrList, Intent, Note, Op, Update};
+use twinfs_replicator::primary::sidefile::{Refused, Wanted};
 
 /// An update and its data.
 pub type Record = (VolumeIndex, Update, Vec<u8>);
@@ -42,6 +42,15 @@ impl Tape {
     }
 }
 
+impl Tape {
+    /// Puts what was taken back in front.
+    pub fn put_back(&self, mut records: Vec<Record>) {
+        let mut kept = self.records.lock().unwrap();
+        records.append(&mut kept.1);
+        kept.1 = records;
+    }
+}
+
 impl Recorder for Tape {
     fn reserve<'a>(
         &'a self,
@@ -58,9 +67,21 @@ impl Recorder for Tape {
         assert!(encoded.len() <= Intent::BYTES_MAX);
         Ok(Box::new(Slot { tape: self, volume, meta_bytes, data_bytes }))
     }
+
+    fn reserve_all<'a>(
+        &'a self,
+        volume: VolumeIndex,
+        wanted: &[Wanted<'_>],
+    ) -> Result<Vec<Box<dyn Pending + 'a>>, Refused> {
+        let each =
+            |wanted: &Wanted<'_>| self.reserve(volume, &wanted.intent, wanted.meta_bytes, wanted.data_bytes);
+        wanted.iter().map(each).collect()
+    }
 }
 
 impl Pending for Slot<'_> {
+    fn note(&self, _note: Note) {}
+
     fn publish(self: Box<Self>, op: Op<&[u8]>, attrs: AttrList, data: &[u8]) -> Option<Stamp> {
         let mut records = self.tape.records.lock().unwrap();
         records.0 += 1;

@@ -18,8 +18,8 @@
 //! ```text
 //! tag  message          from     payload
 //!   1  hello            primary  protocol 2, session 16, site 16, label, epoch, incarnation 8, count 2, for each
-//!                                volume: label, instance 8, root file, state 1, point acknowledged, oldest set that
-//!                                can still be sent 8
+//!                                volume: label, instance 8, root file, state 1, point acknowledged, oldest and
+//!                                newest set that can still be sent 8 each
 //!   2  welcome          replica  epoch, role 1, group 8, consistency time 8, count 2, for each volume: label, member 1,
 //!                                point durable, count 2, for each set beyond a gap: its number less the durable one 2
 //!   3  refuse           both     code 1, epoch flag 1, epoch if 1, text
@@ -119,6 +119,9 @@ pub struct HelloVolume {
     pub acked: ChainPoint,
     /// The oldest set that the primary can still send; one past the last set issued if it holds none.
     pub oldest: SetNumber,
+    /// The newest set that the primary can send. What the replica has after it and beyond a gap was made by a run that
+    /// was killed, and is made anew: the replica drops it.
+    pub newest: SetNumber,
 }
 
 /// What the replica answers.

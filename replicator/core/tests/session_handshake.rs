@@ -76,7 +76,8 @@ fn exactly_what_the_replica_lacks_is_sent_again() {
         assert_eq!(welcome.volumes[0].beyond, [SetNumber(4), SetNumber(6)]);
         sender.handle_welcome(NOW, &welcome).unwrap();
         assert_eq!(transmitted(&mut sender), [3, 5]);
-        let released = sender.poll_released().map(|released| (released.number, released.through));
+        let released =
+            sender.poll_released().map(|released| (released.point.number, released.point.last_seq));
         assert_eq!(released, (acked < 2).then_some((SetNumber(2), Seq(4))));
     }
 }

@@ -51,6 +51,7 @@ fn receiver(members: &[bool]) -> Receiver {
         state: twinfs_core::session::VolumeState::Copy,
         acked: ChainPoint::START,
         oldest: SetNumber(1),
+        newest: SetNumber(u64::MAX),
     });
     let hello = Hello {
         protocol: PROTOCOL,

@@ -64,6 +64,12 @@ fn after(ns: u64) -> Timestamp {
     Timestamp(START.0 + ns)
 }
 
+/// Volume, set and last update of what is released.
+fn released(sender: &mut TestSender) -> Option<(VolumeIndex, u64, u64)> {
+    let Released { volume, point, .. } = sender.poll_released()?;
+    Some((volume, point.number.0, point.last_seq.0))
+}
+
 #[test]
 fn acknowledgements_come_in_any_order() {
     let mut sender = connected();
@@ -81,10 +87,10 @@ fn acknowledgements_come_in_any_order() {
     assert_eq!(sender.poll_released(), None, "there is a gap before it");
     assert_eq!(sender.in_flight_bytes(), 1300, "the window only moves over what has no gap before it");
     assert_eq!(ack(&mut sender, A, 1), Ok(true));
-    assert_eq!(sender.poll_released(), Some(Released { volume: A, number: SetNumber(1), through: Seq(1) }));
+    assert_eq!(released(&mut sender), Some((A, 1, 1)));
     assert_eq!(sender.behind().oldest, Some(Timestamp(15)));
     assert_eq!(ack(&mut sender, A, 2), Ok(true));
-    assert_eq!(sender.poll_released(), Some(Released { volume: A, number: SetNumber(3), through: Seq(3) }));
+    assert_eq!(released(&mut sender), Some((A, 3, 3)));
     assert_eq!(sender.in_flight_bytes(), 1000);
     assert_eq!(ack(&mut sender, B, 1), Ok(true));
     assert_eq!((sender.behind().sets, sender.in_flight_bytes()), (0, 0));

@@ -64,6 +64,7 @@ fn hello() -> impl Strategy<Value = Message> {
                 state: [VolumeState::Pending, VolumeState::Copy, VolumeState::Duplex][state],
                 acked,
                 oldest: SetNumber(oldest),
+                newest: SetNumber(oldest / 2),
             }
         },
     );

@@ -107,8 +107,15 @@ impl SetMaker {
                 let last = at + 1 == updates.len();
                 if last || self.builder.is_full() {
                     let end = if last { cut.end } else { captured.stamp.time };
-                    let number =
-                        self.finish(index, &updates[from..=at], complete.take(), end, sender, hints)?;
+                    let number = self.finish(
+                        capture,
+                        index,
+                        &updates[from..=at],
+                        complete.take(),
+                        end,
+                        sender,
+                        hints,
+                    )?;
                     rooms[index.as_usize()].push_back((number, updates[from..=at].to_vec()));
                     from = at + 1;
                 }
@@ -117,8 +124,10 @@ impl SetMaker {
         Ok(nulls)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "all that a set is made of")]
     fn finish(
         &mut self,
+        capture: &Capture,
         volume: VolumeIndex,
         updates: &[Captured],
         complete: Option<Stamp>,
@@ -143,6 +152,7 @@ impl SetMaker {
             complete,
             handle: set.bytes,
         };
+        capture.note_set(updates, issued.number, issued.hash, end);
         sender.handle_issued(volume, issued).expect("the place in the chain came from the sender");
         Ok(set.header.number)
     }

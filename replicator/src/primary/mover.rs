@@ -311,6 +311,9 @@ impl Mover {
                 let resumed = self.sender.handle_welcome(now, &welcome);
                 self.check_fence();
                 resumed.map_err(|error| error.to_string())?;
+                while let Some(adopted) = self.sender.poll_adopted() {
+                    self.capture.discard(adopted.volume, adopted.through);
+                }
                 if let Some(connection) = &mut self.connection {
                     connection.welcomed = true;
                 }
@@ -377,7 +380,8 @@ impl Mover {
     fn release(&mut self) {
         while let Some(released) = self.sender.poll_released() {
             let rooms = &mut self.rooms[released.volume.as_usize()];
-            while rooms.front().is_some_and(|(number, _)| *number <= released.number) {
+            self.capture.acknowledge(released.volume, released.point, released.end);
+            while rooms.front().is_some_and(|(number, _)| *number <= released.point.number) {
                 let (_, updates) = rooms.pop_front().expect("it was there just now");
                 self.capture.release(&updates);
             }

@@ -24,7 +24,7 @@ use twinfs_core::wire::{Hello, Message, Refuse, RefuseCode, Text};
 use super::door::{self, ConnectionId, Outbox, Share};
 use super::image::view::DataSource;
 use super::image::{Group, Image, ImageError, ImageOptions};
-use super::journal::{Commit, CommitBase, CommitVolume, Journal, JournalConfig, JournalError};
+use super::journal::{Commit, CommitBase, CommitVolume, Journal, JournalConfig, JournalError, Withdrawn};
 use super::recovery::{self, Journaled, RecoveryError, Tracked, data_ref};
 use super::takeover::Takeover;
 pub use super::takeover::{PromoteMode, Promoted};
@@ -492,6 +492,8 @@ impl Driver {
             let text = format!("its certificate says {}, its hello {}", peer.name, hello.name);
             return self.refuse_with(id, RefuseCode::Protocol, text);
         }
+        // What was appended for an earlier connection counts for this one if it is durable.
+        self.commit();
         if let Some((why, _)) = &self.trouble {
             let text = why.clone();
             return self.refuse_with(id, RefuseCode::Failed, text);
@@ -500,6 +502,10 @@ impl Driver {
             Ok(adoption) => adoption,
             Err(refuse) => return self.refuse(id, refuse),
         };
+        if let Err(error) = self.withdraw(hello) {
+            self.journal_failed(&error);
+            return self.refuse_with(id, RefuseCode::Failed, error.to_string());
+        }
         if let Err(error) = self.adopt(&adoption, &hello.name) {
             return self.refuse_with(id, RefuseCode::Failed, error.to_string());
         }
@@ -517,6 +523,21 @@ impl Driver {
         self.last_peer = Some(connection.link.remote_address());
         self.last_error = None;
         self.current = Some(connection);
+    }
+
+    /// Drops, durably, what the primary will make anew.
+    fn withdraw(&mut self, hello: &Hello) -> Result<(), JournalError> {
+        let withdrawn = self.receiver.withdraw(hello);
+        for (volume, numbers) in withdrawn {
+            let name = &self.state.received[volume.as_usize()].name;
+            tracing::info!(volume = %name, sets = numbers.len(), "the primary makes record sets anew that came beyond a gap");
+            self.unappended.retain(|set| set.volume != volume || !numbers.contains(&set.number));
+            self.tracked[volume.as_usize()].withdraw(&numbers);
+            if let Some(journal) = &mut self.journal {
+                journal.append_withdrawn(&Withdrawn { volume: name.clone(), numbers })?;
+            }
+        }
+        self.journal.as_mut().map_or(Ok(()), Journal::sync)
     }
 
     /// Makes durable what a hello changes, before the welcome says so.

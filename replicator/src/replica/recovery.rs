@@ -13,7 +13,7 @@ use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_core::update::Update;
 
 use super::image::{Group, Image, ImageError};
-use super::journal::{Commit, CommitVolume, JournalError, Recovered, Recovery};
+use super::journal::{Commit, CommitVolume, JournalError, Recovered, Recovery, Withdrawn};
 use crate::site::State;
 
 /// Why a replica cannot start from what it has.
@@ -97,6 +97,11 @@ impl Tracked {
         })
     }
 
+    /// Forgets sets that count no longer.
+    pub(super) fn withdraw(&mut self, numbers: &[SetNumber]) {
+        self.sets.retain(|number, _| !numbers.contains(number));
+    }
+
     /// Forgets the sets that a checkpoint up to `seq` covers.
     pub(super) fn checkpointed(&mut self, seq: Seq) {
         self.sets.retain(|_, set| set.last_seq > seq);
@@ -138,6 +143,7 @@ pub(super) fn restore(
             Recovered::Set { at, bytes } => replay.set(at, bytes)?,
             Recovered::Standing(commit) => replay.standing(&commit)?,
             Recovered::Commit(commit) => replay.commit(&commit)?,
+            Recovered::Withdrawn(withdrawn) => replay.withdrawn(&withdrawn)?,
         }
     }
     replay.finish(ordering)
@@ -178,6 +184,13 @@ impl Replay<'_> {
         let journaled = Journaled { hash: set.hash(), last_seq: header.last_seq(), end: header.end, at };
         self.tracked[volume].sets.insert(header.number, journaled);
         self.waiting[volume].insert(header.number, (set, Arc::new(meta), at));
+        Ok(())
+    }
+
+    fn withdrawn(&mut self, withdrawn: &Withdrawn) -> Result<(), RecoveryError> {
+        let volume = self.index(&withdrawn.volume)?;
+        self.tracked[volume].withdraw(&withdrawn.numbers);
+        self.waiting[volume].retain(|number, _| !withdrawn.numbers.contains(number));
         Ok(())
     }
 

@@ -271,13 +271,21 @@ fn decode_fields<'a>(kind: OpKind, r: &mut Reader<'a>) -> Result<Op<&'a [u8]>, B
 }
 
 /// Reads fields and remembers where it is, for messages.
-struct Reader<'a> {
+pub(super) struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
 impl<'a> Reader<'a> {
-    fn bad(&self, what: &'static str) -> BadUpdate {
+    pub(super) const fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0 }
+    }
+
+    pub(super) const fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    pub(super) fn bad(&self, what: &'static str) -> BadUpdate {
         BadUpdate { at: self.at, what }
     }
 
@@ -288,18 +296,18 @@ impl<'a> Reader<'a> {
         Ok(*head)
     }
 
-    fn slice(&mut self, len: usize) -> Result<&'a [u8], BadUpdate> {
+    pub(super) fn slice(&mut self, len: usize) -> Result<&'a [u8], BadUpdate> {
         let (head, tail) = self.bytes.split_at_checked(len).ok_or(self.bad("it ends too early"))?;
         self.bytes = tail;
         self.at += len;
         Ok(head)
     }
 
-    fn u8(&mut self) -> Result<u8, BadUpdate> {
+    pub(super) fn u8(&mut self) -> Result<u8, BadUpdate> {
         self.array::<1>().map(|[b]| b)
     }
 
-    fn u16(&mut self) -> Result<u16, BadUpdate> {
+    pub(super) fn u16(&mut self) -> Result<u16, BadUpdate> {
         self.array().map(u16::from_le_bytes)
     }
 
@@ -307,7 +315,7 @@ impl<'a> Reader<'a> {
         self.array().map(u32::from_le_bytes)
     }
 
-    fn u64(&mut self) -> Result<u64, BadUpdate> {
+    pub(super) fn u64(&mut self) -> Result<u64, BadUpdate> {
         self.array().map(u64::from_le_bytes)
     }
 
@@ -319,7 +327,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn file(&mut self) -> Result<FileId, BadUpdate> {
+    pub(super) fn file(&mut self) -> Result<FileId, BadUpdate> {
         let bytes = self.array()?;
         FileId::from_bytes(&bytes).ok_or(self.bad("a file of no volume instance"))
     }
@@ -337,7 +345,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn name(&mut self) -> Result<&'a [u8], BadUpdate> {
+    pub(super) fn name(&mut self) -> Result<&'a [u8], BadUpdate> {
         let len = usize::from(self.u16()?);
         let name = self.slice(len)?;
         if is_file_name(name) { Ok(name) } else { Err(self.bad("not a plain file name")) }

@@ -42,15 +42,16 @@
 //! ```
 
 mod codec;
+mod intent;
 
 use std::fmt;
 
 pub use codec::{BadUpdate, UPDATE_HEADER_BYTES, decode, decode_borrowed, encode, encoded_kind, patch_stamp};
+pub use intent::{Intent, Note};
 
 use crate::id::{FileId, VolumeInstance};
 use crate::limits;
 use crate::stamp::Stamp;
-use codec::{put_file, put_name, put_range};
 
 /// Attributes of an object after an update. Access times are not mirrored; change times cannot be set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -100,6 +101,20 @@ impl Kind {
             0o060_000 => Self::BlockDevice,
             _ => return None,
         })
+    }
+
+    /// The type bits of a mode.
+    #[must_use]
+    pub const fn mode_bits(self) -> u32 {
+        match self {
+            Self::File => 0o100_000,
+            Self::Dir => 0o040_000,
+            Self::Symlink => 0o120_000,
+            Self::Fifo => 0o010_000,
+            Self::Socket => 0o140_000,
+            Self::CharDevice => 0o020_000,
+            Self::BlockDevice => 0o060_000,
+        }
     }
 }
 
@@ -398,59 +413,6 @@ impl FromIterator<(FileId, Attr)> for AttrList {
             list.push(file, attr);
         }
         list
-    }
-}
-
-/// What a slot of the sidefile holds before its operation is done: enough to read again, after a crash, what the
-/// operation may or may not have changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Intent<'a> {
-    /// A range of a file's content, and its attributes.
-    Range {
-        /// The file.
-        file: FileId,
-        /// First byte.
-        offset: u64,
-        /// Bytes; `u64::MAX` for "to the end".
-        len: u64,
-    },
-    /// Attributes and extended attributes of an object.
-    Attrs {
-        /// The object.
-        file: FileId,
-    },
-    /// One or two names, and the objects that they stand for.
-    Names {
-        /// A directory and a name in it.
-        first: (FileId, &'a [u8]),
-        /// The other side of a rename.
-        second: Option<(FileId, &'a [u8])>,
-    },
-}
-
-impl Intent<'_> {
-    /// Largest encoded intent, in bytes.
-    pub const BYTES_MAX: usize = 1 + 2 * (FileId::BYTES + 2 + limits::NAME_BYTES_MAX) + 1;
-
-    /// Appends the encoded form: a tag, then the fields as in an update.
-    pub fn encode(&self, out: &mut Vec<u8>) {
-        match *self {
-            Self::Range { file, offset, len } => {
-                out.push(1);
-                put_range(out, file, offset, len);
-            }
-            Self::Attrs { file } => {
-                out.push(2);
-                put_file(out, file);
-            }
-            Self::Names { first, second } => {
-                out.push(if second.is_some() { 4 } else { 3 });
-                for (dir, name) in [Some(first), second].into_iter().flatten() {
-                    put_file(out, dir);
-                    put_name(out, name);
-                }
-            }
-        }
     }
 }
 

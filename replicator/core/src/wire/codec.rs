@@ -144,6 +144,7 @@ fn put_hello(out: &mut Vec<u8>, hello: &Hello) {
         out.push(volume.state as u8);
         put_point(out, &volume.acked);
         put_u64(out, volume.oldest.0);
+        put_u64(out, volume.newest.0);
     }
 }
 
@@ -357,6 +358,7 @@ impl<'a> Reader<'a> {
                 .ok_or(BadMessage::Malformed("an unknown volume state"))?,
             acked: self.point()?,
             oldest: SetNumber(self.counter()?),
+            newest: SetNumber(self.counter()?),
         })
     }
 

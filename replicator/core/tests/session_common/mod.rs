@@ -123,6 +123,8 @@ pub(crate) fn sender_volume<H>(index: usize) -> SenderVolume<H> {
         acked: ChainPoint::START,
         end: Timestamp::ZERO,
         issued: Vec::new(),
+        acked_end: Timestamp::ZERO,
+        forgotten: Vec::new(),
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use twinfs_core::format::v1::SetPrefix;
 
 use super::JournalError;
+use super::Withdrawn;
 use super::entry::{Commit, EntryKind};
 use super::segment::{ENTRIES_AT, Entry, Found, NUMBER_AT, Segment, Tail, Walk};
 use crate::storage::{File, StorageError};
@@ -72,6 +73,7 @@ fn describe_entry(entry: &Entry, out: &mut impl fmt::Write) -> fmt::Result {
         EntryKind::Set => describe_set(&entry.payload, out),
         EntryKind::Commit => describe_commit("commit", &entry.payload, out),
         EntryKind::Standing => describe_commit("standing commit", &entry.payload, out),
+        EntryKind::Withdrawn => describe_withdrawn(&entry.payload, out),
     }
 }
 
@@ -95,6 +97,17 @@ fn describe_set(payload: &[u8], out: &mut impl fmt::Write) -> fmt::Result {
             u64::from(header.meta_len) + u64::from(header.data_len),
             header.end,
         )
+    }
+}
+
+fn describe_withdrawn(payload: &[u8], out: &mut impl fmt::Write) -> fmt::Result {
+    match Withdrawn::decode(payload) {
+        Ok(Withdrawn { volume, numbers }) => {
+            write!(out, "withdrawal of record sets of volume {volume}:")?;
+            numbers.iter().try_for_each(|number| write!(out, " {number}"))?;
+            writeln!(out)
+        }
+        Err(what) => writeln!(out, "withdrawal of {} bytes, unreadable: {what}", payload.len()),
     }
 }
 

@@ -54,6 +54,8 @@ pub(super) enum EntryKind {
     Commit = 2,
     /// The last commit before a segment began, repeated, so that the segments before it can go.
     Standing = 3,
+    /// Record sets before it that count no longer.
+    Withdrawn = 4,
 }
 
 impl EntryKind {
@@ -62,6 +64,7 @@ impl EntryKind {
             1 => Self::Set,
             2 => Self::Commit,
             3 => Self::Standing,
+            4 => Self::Withdrawn,
             _ => return None,
         })
     }
@@ -70,7 +73,7 @@ impl EntryKind {
     pub(super) const fn payload_bytes_max(self) -> usize {
         match self {
             Self::Set => limits::SET_BYTES_MAX,
-            Self::Commit | Self::Standing => limits::JOURNAL_CONTROL_BYTES_MAX,
+            Self::Commit | Self::Standing | Self::Withdrawn => limits::JOURNAL_CONTROL_BYTES_MAX,
         }
     }
 }

@@ -22,7 +22,7 @@
 //!     96     32  BLAKE3 over the 96 bytes before
 //!                BATCHES, each at a multiple of 4096: entries one after the other, each at a multiple of 8
 //!      0      4  magic "TWJE"
-//!      4      1  kind: 1 record set, 2 commit, 3 standing commit
+//!      4      1  kind: 1 record set, 2 commit, 3 standing commit, 4 withdrawal
 //!      5      3  zero
 //!      8      8  number of the entry: 1, 2, 3, … over all segments
 //!     16      8  number of the last entry that was durable when this one was made
@@ -48,6 +48,10 @@
 //!      …     32  its hash
 //!      …      8  sequence number of its last update
 //!      …      8  end of its interval, ns
+//!                PAYLOAD of a withdrawal: record sets of one volume, before it, that count no longer
+//!      0      1  length n of the volume's name
+//!      1      n  name
+//!      …      8  number of each set, rising
 //! ```
 //!
 //! The checksums of entries are BLAKE3, cut to 16 bytes and keyed by the BLAKE3 of the segment's header (all 128
@@ -79,6 +83,7 @@ mod error;
 mod reader;
 mod recovery;
 mod segment;
+mod withdrawn;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -93,6 +98,7 @@ pub use error::JournalError;
 pub use reader::{JournalReader, ReadError};
 pub use recovery::{Recovered, Recovery};
 pub use segment::{SEGMENT_MAGIC, SEGMENT_VERSION};
+pub use withdrawn::Withdrawn;
 
 use crate::storage::{Operation, Storage, StorageError};
 use entry::{EntryHeader, EntryKind, EntryNumber, entry_len, padding, payload_sum};
@@ -262,6 +268,14 @@ impl Journal {
         Ok(())
     }
 
+    /// Appends that record sets before it count no longer. Like a commit, it may go where a record set may not.
+    ///
+    /// # Errors
+    /// As [`append_set`](Self::append_set).
+    pub fn append_withdrawn(&mut self, withdrawn: &Withdrawn) -> Result<(), JournalError> {
+        self.append(EntryKind::Withdrawn, &withdrawn.encode()).map(|_| ())
+    }
+
     /// Makes everything appended so far durable: one write and one fdatasync for the batch, nothing if there is none.
     /// Only after it may anything be acknowledged or shown.
     ///
@@ -427,7 +441,7 @@ impl Journal {
     const fn reserve(&self, kind: EntryKind) -> u64 {
         match kind {
             EntryKind::Set => self.config.segment_bytes / COMMIT_RESERVE_DIVISOR,
-            EntryKind::Commit | EntryKind::Standing => 0,
+            EntryKind::Commit | EntryKind::Standing | EntryKind::Withdrawn => 0,
         }
     }
 
@@ -464,7 +478,7 @@ impl Journal {
             return Err(JournalError::TooManySegments { max: limits::JOURNAL_SEGMENTS_MAX });
         }
         let needed = self.config.segment_bytes;
-        let floor = if kind == EntryKind::Commit { 0 } else { self.config.floor_bytes };
+        let floor = if kind == EntryKind::Set { self.config.floor_bytes } else { 0 };
         if self.storage.free_bytes()? < needed.saturating_add(floor) {
             return Err(self.full());
         }

@@ -8,6 +8,7 @@ use twinfs_core::delta::SetLocation;
 use twinfs_core::id::{GroupNumber, SessionId};
 use twinfs_core::limits;
 
+use super::Withdrawn;
 use super::entry::{Commit, EntryKind, EntryNumber};
 use super::segment::{
     ENTRIES_AT, Entry, Found, Segment, Tail, Walk, is_remains, segment_name, segment_number,
@@ -114,7 +115,7 @@ fn find_end(segments: BTreeMap<u64, Arc<Segment>>) -> Result<FoundLog, JournalEr
 /// The commit in an entry, if it is one.
 fn commit_of(segment: &Segment, entry: &Entry) -> Result<Option<Commit>, JournalError> {
     match entry.kind {
-        EntryKind::Set => Ok(None),
+        EntryKind::Set | EntryKind::Withdrawn => Ok(None),
         EntryKind::Commit | EntryKind::Standing => {
             Commit::decode(&entry.payload).map(Some).map_err(|what| segment.damaged(entry.payload_at, what))
         }
@@ -136,6 +137,8 @@ pub enum Recovered {
     },
     /// A commit.
     Commit(Commit),
+    /// Sets that were given back before count no longer; those that were trimmed are named, too.
+    Withdrawn(Withdrawn),
 }
 
 /// Gives back the entries of a journal, one at a time, each verified. Holds one entry in memory. Nothing comes after
@@ -192,6 +195,12 @@ impl Recovery {
 
     /// What the entry is to the reader; nothing if it only repeats.
     fn take(&mut self, segment: &Segment, entry: Entry) -> Result<Option<Recovered>, JournalError> {
+        if entry.kind == EntryKind::Withdrawn {
+            let withdrawn = Withdrawn::decode(&entry.payload);
+            return withdrawn
+                .map(|withdrawn| Some(Recovered::Withdrawn(withdrawn)))
+                .map_err(|what| segment.damaged(entry.payload_at, what));
+        }
         let Some(commit) = commit_of(segment, &entry)? else {
             let at = SetLocation { segment: segment.number(), offset: entry.payload_at };
             return Ok(Some(Recovered::Set { at, bytes: entry.payload }));

@@ -289,6 +289,24 @@ impl Receiver {
         handshake::answer(&self.view(), hello)
     }
 
+    /// What the primary has no longer of the sets beyond gaps: a process that was killed had made them, and its next one
+    /// makes others in their places. They are dropped here; make that durable before
+    /// [`handle_connected`](Self::handle_connected). Everything that was appended must be durable.
+    pub fn withdraw(&mut self, hello: &Hello) -> Vec<(VolumeIndex, Vec<SetNumber>)> {
+        let mut withdrawn = Vec::new();
+        for (index, volume) in (0..).map(VolumeIndex).zip(&mut self.volumes) {
+            let Some(theirs) = hello.volumes.iter().find(|theirs| theirs.name == volume.name) else {
+                continue;
+            };
+            let (numbers, freed) = volume.withdraw(theirs.newest);
+            self.held_bytes -= freed;
+            if !numbers.is_empty() {
+                withdrawn.push((index, numbers));
+            }
+        }
+        withdrawn
+    }
+
     /// Takes over what was made durable, and has the welcome to send. Acknowledgements that an earlier connection did
     /// not take are dropped: the welcome says the same.
     pub fn handle_connected(&mut self, adoption: &Adoption) -> Welcome {

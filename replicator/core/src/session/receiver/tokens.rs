@@ -94,6 +94,17 @@ impl Tokens {
         }
     }
 
+    /// A set with these updates is dropped.
+    pub(super) fn handle_withdrawn(&mut self, first: Seq, last: Seq) {
+        for entry in self.by_seq.range_mut(first..=last).map(|(_, entry)| entry) {
+            if entry.has_data {
+                entry.has_data = false;
+                self.bare.count += 1;
+                self.bare.bytes = self.bare.bytes.saturating_add(written(&entry.token));
+            }
+        }
+    }
+
     /// Everything up to an update is in committed groups, and it was here.
     pub(super) fn drop_through(&mut self, through: Seq) {
         while let Some(entry) = self.by_seq.first_entry().filter(|entry| *entry.key() <= through) {

@@ -336,6 +336,19 @@ impl Volume {
         freed
     }
 
+    /// Drops the sets beyond a gap that are newer than `newest`. Returns them, and the bytes that need not be held.
+    pub(super) fn withdraw(&mut self, newest: SetNumber) -> (Vec<SetNumber>, usize) {
+        let from = newest.max(self.chain.number).next();
+        let mut freed = 0;
+        let gone = self.sets.split_off(&from.0);
+        for held in gone.values() {
+            freed += held.charge;
+            self.tokens.handle_withdrawn(held.first_seq, held.last_seq);
+        }
+        self.null.take_if(|null| null.number >= from);
+        (gone.into_keys().map(SetNumber).collect(), freed)
+    }
+
     /// Sets past a gap in what is durable that are durable too.
     pub(super) fn durable_beyond(&self) -> impl Iterator<Item = SetNumber> {
         let past = self.durable.number.next().0..;

@@ -24,11 +24,12 @@ use std::collections::VecDeque;
 use crate::id::{Epoch, FileId, SetNumber, VolumeIndex, VolumeInstance, VolumeName};
 use crate::limits;
 use crate::session::handshake::{self, KnownChain, ResumeError};
-use crate::session::{Role, SessionState, SuspendReason, VolumeState};
+use crate::session::{ChainPoint, Role, SessionState, SuspendReason, VolumeState};
 use crate::stamp::{Stamp, Timestamp};
 use crate::wire::{Ack, Hello, HelloVolume, PROTOCOL, Progress, PromoteReady, Refuse, RefuseCode, Welcome};
 pub use types::{
-    Backlog, Behind, ChainLink, IssuedSet, NeedsResync, Released, SenderConfig, SenderError, SenderVolume,
+    Adopted, Backlog, Behind, ChainLink, IssuedSet, NeedsResync, Released, SenderConfig, SenderError,
+    SenderVolume,
 };
 use window::Window;
 
@@ -42,6 +43,9 @@ struct Volume<H> {
     end: Timestamp,
     window: Window<H>,
     released_due: bool,
+    /// Sets of a run that was killed, after those of the window.
+    forgotten: Vec<(ChainPoint, Timestamp)>,
+    adopted_due: bool,
 }
 
 /// The primary's side of a session. See the [module](self) for how it is driven.
@@ -101,11 +105,17 @@ impl<H: Clone> Sender<H> {
                 name: volume.name,
                 instance: volume.instance,
                 root: volume.root,
-                state: volume.state,
+                // A run that was killed may not have had the time to say that its copy had begun.
+                state: match volume.state {
+                    VolumeState::Pending if volume.complete.is_some() => VolumeState::Copy,
+                    state => state,
+                },
                 complete: volume.complete,
                 end: volume.end,
-                window: Window::new(volume.acked),
+                window: Window::new(volume.acked, volume.acked_end),
                 released_due: false,
+                adopted_due: false,
+                forgotten: volume.forgotten,
             });
         }
         // As they were issued: no set of one volume overtakes an older one of another.
@@ -125,8 +135,10 @@ impl<H: Clone> Sender<H> {
             state: volume.state,
             complete: volume.complete,
             acked: volume.window.acked(),
+            acked_end: volume.window.acked_end(),
             end: volume.end,
             issued: volume.window.sets().cloned().collect(),
+            forgotten: volume.forgotten.clone(),
         })
     }
 
@@ -140,6 +152,7 @@ impl<H: Clone> Sender<H> {
             state: volume.state,
             acked: volume.window.acked(),
             oldest: volume.window.acked().number.next(),
+            newest: volume.window.issued().number,
         });
         Hello {
             protocol: PROTOCOL,
@@ -161,6 +174,7 @@ impl<H: Clone> Sender<H> {
         self.handle_disconnected();
         let wire = self.check_welcome(welcome).inspect_err(|error| self.note(error))?;
         for (theirs, index) in welcome.volumes.iter().zip(&wire) {
+            self.adopt(*index, theirs.durable);
             let numbers = self.volumes[index.as_usize()].window.unacked_through(theirs.durable.number);
             for number in numbers.into_iter().chain(theirs.beyond.iter().copied()) {
                 self.mark_acked(*index, number);
@@ -319,7 +333,16 @@ impl<H: Clone> Sender<H> {
         let (index, volume) = volumes.find(|(_, volume)| volume.released_due)?;
         volume.released_due = false;
         let acked = volume.window.acked();
-        Some(Released { volume: index, number: acked.number, through: acked.last_seq })
+        Some(Released { volume: index, point: acked, end: volume.window.acked_end() })
+    }
+
+    /// What the replica turned out to have of the sets of a run that was killed. Ask after each welcome, before anything
+    /// is cut: the updates up to there must not be sent again.
+    pub fn poll_adopted(&mut self) -> Option<Adopted> {
+        let mut volumes = (0..).map(VolumeIndex).zip(&mut self.volumes);
+        let (index, volume) = volumes.find(|(_, volume)| volume.adopted_due)?;
+        volume.adopted_due = false;
+        Some(Adopted { volume: index, through: volume.window.acked().last_seq })
     }
 
     /// Whether an interval should end now: at once when the pipe is idle, otherwise when it is as long as
@@ -408,6 +431,13 @@ impl<H: Clone> Sender<H> {
     #[must_use]
     pub fn volume_state(&self, volume: VolumeIndex) -> Option<VolumeState> {
         self.volumes.get(volume.as_usize()).map(|volume| volume.state)
+    }
+
+    /// Whether the copy of a volume has ended: its mark is made, durable at the replica or not.
+    #[must_use]
+    pub fn is_whole(&self, volume: VolumeIndex) -> bool {
+        let volume = self.volumes.get(volume.as_usize());
+        volume.is_some_and(|volume| volume.complete.is_some() || volume.state == VolumeState::Duplex)
     }
 
     /// Primary, or fenced.
@@ -508,15 +538,30 @@ impl<H: Clone> Sender<H> {
             let (index, ours) = found
                 .find(|(_, ours)| ours.name == theirs.name)
                 .ok_or_else(|| ResumeError::Volumes(theirs.name.clone()))?;
-            let known = KnownChain {
-                name: &ours.name,
-                acked: ours.window.acked(),
-                issued: ours.window.sets().map(IssuedSet::point),
-            };
+            let forgotten = ours.forgotten.iter().map(|(point, _)| *point);
+            let made: Vec<_> = ours.window.sets().map(IssuedSet::point).chain(forgotten).collect();
+            let known =
+                KnownChain { name: &ours.name, acked: ours.window.acked(), issued: made.iter().copied() };
             handshake::resume_point(known, theirs)?;
             wire.push(index);
         }
         Ok(wire)
+    }
+
+    /// The first welcome after a run that was killed: the chain goes on after the last set whose bytes are at hand, or
+    /// which the replica has. Its other sets are no more; the replica has dropped those that it had beyond a gap.
+    fn adopt(&mut self, index: VolumeIndex, durable: ChainPoint) {
+        let volume = &mut self.volumes[index.as_usize()];
+        let forgotten = std::mem::take(&mut volume.forgotten);
+        let Some((point, end)) = forgotten.into_iter().find(|(point, _)| *point == durable) else { return };
+        let numbers = volume.window.unacked_through(durable.number);
+        for number in numbers {
+            self.mark_acked(index, number);
+        }
+        let volume = &mut self.volumes[index.as_usize()];
+        volume.window = Window::new(point, end);
+        volume.end = volume.end.max(end);
+        (volume.released_due, volume.adopted_due) = (true, true);
     }
 
     fn put_in_flight(&mut self, index: VolumeIndex, set: IssuedSet<H>) {

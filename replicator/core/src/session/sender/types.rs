@@ -37,10 +37,15 @@ pub struct SenderVolume<H> {
     pub complete: Option<Stamp>,
     /// The end of what is acknowledged without a gap.
     pub acked: ChainPoint,
+    /// Where the interval of that set ends.
+    pub acked_end: Timestamp,
     /// Where the last interval ended: of the last issued set, or of a null set after it.
     pub end: Timestamp,
     /// The sets issued after `acked`, in order.
     pub issued: Vec<IssuedSet<H>>,
+    /// Sets issued after those, in order, by a run that was killed: what they were is known, but not their bytes. The
+    /// replica may have some of them; the updates of the others are still at hand, and will be in other sets.
+    pub forgotten: Vec<(ChainPoint, Timestamp)>,
 }
 
 /// A set that was made. `H` is whatever the driver needs to send it again: its bytes, or where they are.
@@ -121,8 +126,18 @@ pub struct Released {
     /// The volume.
     pub volume: VolumeIndex,
     /// The last set.
-    pub number: SetNumber,
-    /// Its last update.
+    pub point: ChainPoint,
+    /// The end of its interval.
+    pub end: Timestamp,
+}
+
+/// After a restart the replica turned out to have what it had not acknowledged yet: the updates up to here are in no
+/// set any more that this site has to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Adopted {
+    /// The volume.
+    pub volume: VolumeIndex,
+    /// The last update that the replica has.
     pub through: Seq,
 }
 

@@ -5,10 +5,13 @@ use std::collections::VecDeque;
 use super::IssuedSet;
 use crate::id::SetNumber;
 use crate::session::ChainPoint;
+use crate::stamp::Timestamp;
 
 #[derive(Debug)]
 pub(super) struct Window<H> {
     acked: ChainPoint,
+    /// Where the interval of that set ends.
+    acked_end: Timestamp,
     /// Numbered from the one after `acked` on, without gaps.
     slots: VecDeque<Slot<H>>,
 }
@@ -22,13 +25,18 @@ struct Slot<H> {
 }
 
 impl<H> Window<H> {
-    pub(super) const fn new(acked: ChainPoint) -> Self {
-        Self { acked, slots: VecDeque::new() }
+    pub(super) const fn new(acked: ChainPoint, acked_end: Timestamp) -> Self {
+        Self { acked, acked_end, slots: VecDeque::new() }
     }
 
     /// The end of what is acknowledged without a gap.
     pub(super) const fn acked(&self) -> ChainPoint {
         self.acked
+    }
+
+    /// Where the interval of the last set acknowledged without a gap ends.
+    pub(super) const fn acked_end(&self) -> Timestamp {
+        self.acked_end
     }
 
     /// The end of what was issued.
@@ -70,7 +78,7 @@ impl<H> Window<H> {
         slot.acked = true;
         let ordinal = slot.ordinal;
         while let Some(slot) = self.slots.front().filter(|slot| slot.acked) {
-            self.acked = slot.set.point();
+            (self.acked, self.acked_end) = (slot.set.point(), slot.set.end);
             self.slots.pop_front();
         }
         Some(ordinal)

@@ -5,22 +5,33 @@
 //!
 //! 1. *reserve*, before any lock: a slot, room for the bytes, and the **intent** – enough to read again, after a crash,
 //!    what the operation may or may not have changed. Writers are paced here.
-//! 2. the backing call, under the locks of all that it changes.
+//! 2. the backing call, under the locks of all that it changes; before it, an operation on names *notes* what it found.
 //! 3. *publish*, under the same locks: the bytes are copied, then stamp and publication are one atomic step. A failed
 //!    operation makes its slot void instead.
 //!
+//! A process that is killed leaves published updates, and intents of operations that nobody was answered for: see
+//! [`Survivors`].
+//!
 //! ```text
-//! header page, words of 8 bytes:
+//! header, words of 8 bytes:
 //!    0 magic   1 version   2–3 session   4 slots   5 bytes of the data ring   6 clean mark   7 last timestamp
-//!    64 + v    last sequence number of volume v
-//! slots, 64 bytes each, from byte 4096:
-//!    0 state (8 bits), volume (16 bits from bit 16)      1 number of the slot since the file was made
+//!    8 updates were let go   from 64 on, 24 words for each volume:
+//!       0 time and 1 number of the mark that ended its copy      2 which of the two following holds
+//!       4–10, 11–17 the last record set that was acknowledged without a gap: number, hash (4), last update, end
+//! slots, 64 bytes each, after the header:
+//!    0 state (8 bits), a record set ends here (bit 8), volume (16 bits from bit 16)
+//!    1 number of the slot since the file was made
 //!    2 position of its room in the ring since the file was made (the offset is the remainder by the ring's size)
-//!    3 bytes of room (low half), bytes of the intent (high half)
-//!    4 bytes of the encoded update (low half), bytes of data (high half)      5 timestamp   6 sequence number   7 zero
+//!    3 bytes of room (32 bits), bytes of the intent (16), bytes before the update (16)
+//!    4 bytes of the encoded update (low half), bytes of data (high half)      5 timestamp   6 sequence number
+//!    7 the note: an operation, the kinds of the files it names (4 bits each from bit 8), that it was written (bit 32)
 //! data ring, up to the end of the file; in the room of a slot, each part padded to 8 bytes:
-//!    intent · encoded update · data
+//!    intent, at least 48 bytes · the files of the note, for an operation on names · encoded update · data
+//!    (once a record set ends with the update, its number, hash and end stand in place of the intent)
 //! ```
+
+mod layout;
+mod survivors;
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -31,34 +42,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use twinfs_core::id::{SessionId, VolumeIndex};
+use twinfs_core::id::{SessionId, SetHash, SetNumber, VolumeIndex};
 use twinfs_core::limits;
+use twinfs_core::session::ChainPoint;
 use twinfs_core::stamp::{Seq, Stamp, Timestamp};
-use twinfs_core::update::{self, AttrList, Intent, Op, Update};
+use twinfs_core::update::{self, AttrList, Intent, Note, Op, OpKind, Update};
 
+use self::layout::{
+    FREE, HEADER_BYTES, INTENT, MAGIC, NOTE_BYTES, PUBLISHED, RING_BYTES_PER_SLOT, SLOT_BYTES, SLOT_WORDS,
+    SlotState, VERSION, VolumeWords, W_CLEAN, W_DROPPED, W_LAST_TIME, W_MAGIC, W_RING, W_SESSION, W_SLOTS,
+    W_VERSION, from_halves, intent_room, padded, session_words,
+};
+pub use self::survivors::{LeftIntent, SurvivingChain, Survivors};
 use super::clock::{Reading, StampClock};
 use crate::sys::map::{SharedMap, WORD};
-
-const MAGIC: u64 = u64::from_le_bytes(*b"TWINSIDE");
-const VERSION: u64 = 1;
-const HEADER_BYTES: usize = 4096;
-const SLOT_WORDS: usize = 8;
-const SLOT_BYTES: usize = SLOT_WORDS * WORD;
-/// One slot for this many bytes of the ring: small operations fill slots and ring about evenly.
-const RING_BYTES_PER_SLOT: usize = 1024;
-
-const W_MAGIC: usize = 0;
-const W_VERSION: usize = 1;
-const W_SESSION: usize = 2;
-const W_SLOTS: usize = 4;
-const W_RING: usize = 5;
-const W_CLEAN: usize = 6;
-const W_LAST_TIME: usize = 7;
-const W_LAST_SEQ: usize = 64;
-
-const FREE: u64 = 0;
-const INTENT: u64 = 1;
-const PUBLISHED: u64 = 2;
 
 /// Why a sidefile cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -214,12 +211,42 @@ pub struct Fill {
 pub struct Start<'a> {
     /// The session that the sidefile belongs to.
     pub session: SessionId,
-    /// For each volume, the last sequence number known from elsewhere.
-    pub last_seq: &'a [Seq],
+    /// The volumes.
+    pub volumes: &'a [StartVolume],
     /// No earlier update has a later timestamp.
     pub floor: Timestamp,
     /// Timestamps stay below this until [`Capture::raise_limit`].
     pub limit: Timestamp,
+}
+
+/// What is known of a volume when the sidefile is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StartVolume {
+    /// The last sequence number known from elsewhere.
+    pub last_seq: Seq,
+    /// The end of what the replica has acknowledged without a gap.
+    pub acked: ChainPoint,
+    /// The end of that set's interval.
+    pub end: Timestamp,
+    /// Stamp of the mark that ended its copy.
+    pub complete: Option<Stamp>,
+}
+
+impl StartVolume {
+    /// A volume without a past.
+    pub const NEW: Self =
+        Self { last_seq: Seq::ZERO, acked: ChainPoint::START, end: Timestamp::ZERO, complete: None };
+}
+
+/// One of several updates that an operation will publish.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// What it may change.
+    pub intent: Intent<'a>,
+    /// Bound of the encoded update without data, in bytes.
+    pub meta_bytes: usize,
+    /// Bound of its data, in bytes.
+    pub data_bytes: usize,
 }
 
 /// Room for one update: a slot with its intent, and space for its bytes. Dropped without [`Reservation::publish`], it
@@ -236,18 +263,41 @@ pub struct Reservation<'a> {
 #[derive(Debug, Clone, Copy)]
 struct Room {
     slot: u64,
-    /// Byte offset in the mapping, after the intent.
+    /// Byte offset of the note in the mapping, for an operation on names.
+    note_at: Option<usize>,
+    /// Byte offset of the update in the mapping.
     at: usize,
     bytes: usize,
+}
+
+/// What an update takes in the ring, in bytes.
+struct RoomBytes {
+    intent: usize,
+    note: usize,
+    update: usize,
+}
+
+impl RoomBytes {
+    const fn total(&self) -> usize {
+        self.intent + self.note + self.update
+    }
+}
+
+impl Wanted<'_> {
+    fn room(&self) -> RoomBytes {
+        let Self { intent, meta_bytes, data_bytes } = *self;
+        assert!(meta_bytes <= limits::UPDATE_META_BYTES_MAX && data_bytes <= limits::WRITE_BYTES_MAX);
+        RoomBytes {
+            intent: intent_room(intent.encoded_len()),
+            note: if matches!(intent, Intent::Names { .. }) { NOTE_BYTES } else { 0 },
+            update: padded(meta_bytes) + padded(data_bytes),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Every critical section below leaves its state valid at each step; a panic elsewhere must not stop the mirror.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-const fn padded(bytes: usize) -> usize {
-    bytes.next_multiple_of(WORD)
 }
 
 impl Capture {
@@ -282,22 +332,36 @@ impl Capture {
         words[W_SESSION + 1].store(session_b, Ordering::Relaxed);
         words[W_SLOTS].store(slots as u64, Ordering::Relaxed);
         words[W_RING].store(ring_bytes as u64, Ordering::Relaxed);
+        for (at, volume) in start.volumes.iter().enumerate() {
+            let words = VolumeWords::of(&map, at);
+            words.set_acked(volume.acked, volume.end);
+            words.set_complete(volume.complete);
+        }
         words[W_MAGIC].store(MAGIC, Ordering::Release);
         Self::over(path, map, start)
     }
 
-    /// Opens the sidefile of an earlier run and takes over what was published and not released. Returns the number of
-    /// slots that were left as intents beside it: operations in flight when the process was killed.
+    /// Opens the sidefile of an earlier run and takes over what was published and not released. What it knows of its
+    /// volumes goes before what `start` says; volumes that are new are added.
     ///
     /// # Errors
     /// [`SidefileError`]; the file is left as it is.
-    pub fn open(path: &Path, start: &Start<'_>) -> Result<(Self, usize), SidefileError> {
+    pub fn open(path: &Path, start: &Start<'_>) -> Result<(Self, Survivors), SidefileError> {
         let fail = |source| SidefileError::Io { path: path.to_owned(), source };
         let file = File::options().read(true).write(true).open(path).map_err(fail)?;
         let map = SharedMap::new(&file).map_err(fail)?;
         let capture = Self::over(path, map, start)?;
-        let intents = capture.take_over()?;
-        Ok((capture, intents))
+        for (at, volume) in start.volumes.iter().enumerate() {
+            let words = VolumeWords::of(&capture.map, at);
+            if words.acked().0.number < volume.acked.number {
+                words.set_acked(volume.acked, volume.end);
+            }
+            if words.complete().is_none() {
+                words.set_complete(volume.complete);
+            }
+        }
+        let survivors = capture.take_over()?;
+        Ok((capture, survivors))
     }
 
     fn over(path: &Path, map: SharedMap, start: &Start<'_>) -> Result<Self, SidefileError> {
@@ -318,12 +382,14 @@ impl Capture {
         {
             return Err(damaged("its sizes do not fit"));
         }
-        let last_seq: Vec<Seq> = start
-            .last_seq
-            .iter()
-            .enumerate()
-            .map(|(volume, known)| Seq(word(W_LAST_SEQ + volume)).max(*known))
-            .collect();
+        if start.volumes.len() > limits::VOLUMES_MAX {
+            return Err(damaged("there are more volumes than it has room for"));
+        }
+        let last_seq = start.volumes.iter().enumerate().map(|(at, volume)| {
+            let acked = VolumeWords::of(&map, at).acked().0.last_seq;
+            volume.last_seq.max(volume.acked.last_seq).max(acked)
+        });
+        let last_seq = last_seq.collect();
         let floor = start.floor.max(Timestamp(word(W_LAST_TIME)));
         words[W_CLEAN].store(0, Ordering::Release);
         Ok(Self {
@@ -368,72 +434,6 @@ impl Capture {
         read().unwrap_or(false)
     }
 
-    /// Rebuilds ring and queue from the slots of an earlier run.
-    fn take_over(&self) -> Result<usize, SidefileError> {
-        let damaged = |what| SidefileError::Damaged { path: self.path.clone(), what };
-        let mut found = Vec::new();
-        let mut intents = 0;
-        let mut ends = Vec::new();
-        for index in 0..self.slots {
-            let words = self.slot_words(index as u64);
-            let word = |at: usize| words[at].load(Ordering::Acquire);
-            let state = word(0) & 0xff;
-            if state == FREE {
-                continue;
-            }
-            let (slot, at) = (word(1), word(2));
-            let (room, intent_len) = halves(word(3));
-            if slot % self.slots as u64 != index as u64 || room > self.ring_bytes {
-                return Err(damaged("a slot is out of place"));
-            }
-            let offset = (at % self.ring_bytes as u64) as usize;
-            if !offset.is_multiple_of(WORD) || offset + room > self.ring_bytes || padded(intent_len) > room {
-                return Err(damaged("the room of a slot is outside the ring"));
-            }
-            ends.push((slot, at, at + room as u64));
-            if state == INTENT {
-                intents += 1;
-                continue;
-            }
-            let (meta_len, data_len) = halves(word(4));
-            let meta_at = self.ring_at + offset + padded(intent_len);
-            let data_at = meta_at + padded(meta_len);
-            if padded(intent_len) + padded(meta_len) + padded(data_len) > room {
-                return Err(damaged("an update is larger than its room"));
-            }
-            let stamp = Stamp { time: Timestamp(word(5)), seq: Seq(word(6)) };
-            let volume = VolumeIndex((word(0) >> 16) as u16);
-            found.push(Captured { volume, stamp, slot, meta_at, meta_len, data_at, data_len });
-        }
-        found.sort_by_key(|captured| captured.stamp);
-        let mut publish = lock(&self.publish);
-        let mut encoded = Vec::new();
-        for captured in &found {
-            encoded.clear();
-            self.map.copy_out(captured.meta_at, captured.meta_len, &mut encoded);
-            let (update, _) =
-                update::decode(&encoded, 0).map_err(|_| damaged("an update does not decode"))?;
-            let volumes = publish.last_seq.len();
-            if update.stamp != captured.stamp || captured.volume.as_usize() >= volumes {
-                return Err(damaged("an update is not the one that its slot names"));
-            }
-        }
-        publish.queued_bytes = found.iter().map(Captured::bytes).sum();
-        publish.queue = found.into();
-        drop(publish);
-        let mut ring = lock(&self.ring);
-        if let (Some(first), Some(last)) = (ends.iter().min(), ends.iter().max()) {
-            (ring.head_slot, ring.head_at) = (first.0, first.1);
-            (ring.tail_slot, ring.tail_at) = (last.0 + 1, last.2);
-            if ring.tail_slot - ring.head_slot > self.slots as u64
-                || ring.tail_at - ring.head_at > self.ring_bytes as u64
-            {
-                return Err(damaged("its slots do not follow each other"));
-            }
-        }
-        Ok(intents)
-    }
-
     /// Reserves a slot and room, and writes the intent. Call it before taking any lock: this is where writers are paced.
     ///
     /// `meta_bytes` bounds the encoded update without data, `data_bytes` its data.
@@ -450,21 +450,51 @@ impl Capture {
         meta_bytes: usize,
         data_bytes: usize,
     ) -> Result<Reservation<'_>, Refused> {
-        assert!(meta_bytes <= limits::UPDATE_META_BYTES_MAX && data_bytes <= limits::WRITE_BYTES_MAX);
-        let mut intent_bytes = Vec::with_capacity(Intent::BYTES_MAX);
-        intent.encode(&mut intent_bytes);
-        let intent_room = padded(intent_bytes.len());
-        let bytes = padded(meta_bytes) + padded(data_bytes);
-        let need = intent_room + bytes;
+        let wanted = Wanted { intent: *intent, meta_bytes, data_bytes };
+        let Some((mut ring, at)) = self.admit(wanted.room().total(), 1)? else {
+            return Ok(Reservation { capture: self, volume, room: None });
+        };
+        let room = Some(self.claim(&mut ring, at, volume, &wanted));
+        Ok(Reservation { capture: self, volume, room })
+    }
 
+    /// The same for several updates of one operation, all at once: a thread that waited for a second reservation while it
+    /// holds a first one could wait for itself.
+    ///
+    /// # Errors
+    /// [`Refused`] if this site may not write.
+    ///
+    /// # Panics
+    /// If the bounds exceed those of an update.
+    pub fn reserve_all(
+        &self,
+        volume: VolumeIndex,
+        wanted: &[Wanted<'_>],
+    ) -> Result<Vec<Reservation<'_>>, Refused> {
+        let need = wanted.iter().map(|wanted| wanted.room().total()).sum();
+        let reservation = |room| Reservation { capture: self, volume, room };
+        let Some((mut ring, mut at)) = self.admit(need, wanted.len())? else {
+            return Ok(wanted.iter().map(|_| reservation(None)).collect());
+        };
+        let claimed = wanted.iter().map(|wanted| {
+            let room = self.claim(&mut ring, at, volume, wanted);
+            at += wanted.room().total() as u64;
+            reservation(Some(room))
+        });
+        Ok(claimed.collect())
+    }
+
+    /// Waits until there are `slots` slots and `need` bytes of room in one piece, and returns where it begins; `None` if
+    /// updates are dropped. They count as outstanding.
+    fn admit(&self, need: usize, slots: usize) -> Result<Option<(MutexGuard<'_, Ring>, u64)>, Refused> {
         let mut ring = lock(&self.ring);
         let mut waited = Pacing::default();
         let at = loop {
             match ring.mode {
                 Mode::Fenced => return Err(Refused::Fenced),
                 Mode::Suspended(_) => {
-                    ring.outstanding += 1;
-                    return Ok(Reservation { capture: self, volume, room: None });
+                    ring.outstanding += slots;
+                    return Ok(None);
                 }
                 Mode::Active => {}
             }
@@ -472,7 +502,7 @@ impl Capture {
                 ring = self.room.wait(ring).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
-            let place = self.place(&ring, need);
+            let place = self.place(&ring, need, slots);
             let link_up = self.link_up.load(Ordering::Relaxed);
             let pause = match place {
                 Some(_) => waited.before_room(self.fill_of(&ring), link_up),
@@ -496,27 +526,37 @@ impl Capture {
                 (None, None) => {}
             }
         };
+        ring.outstanding += slots;
+        Ok(Some((ring, at)))
+    }
+
+    /// Takes the next slot with room at `at`, and writes the intent.
+    fn claim(&self, ring: &mut Ring, at: u64, volume: VolumeIndex, wanted: &Wanted<'_>) -> Room {
+        let RoomBytes { intent, note, update } = wanted.room();
+        let (skip, need) = (intent + note, intent + note + update);
+        let mut intent_bytes = Vec::with_capacity(Intent::BYTES_MAX);
+        wanted.intent.encode(&mut intent_bytes);
         let slot = ring.tail_slot;
         if ring.head_slot == slot {
             ring.head_at = at;
         }
         ring.tail_slot += 1;
         ring.tail_at = at + need as u64;
-        ring.outstanding += 1;
         let words = self.slot_words(slot);
         words[1].store(slot, Ordering::Relaxed);
         words[2].store(at, Ordering::Relaxed);
-        words[3].store(from_halves(need, intent_bytes.len()), Ordering::Relaxed);
-        let offset = self.ring_at + (at % self.ring_bytes as u64) as usize;
-        self.map.copy_in(offset, &intent_bytes);
-        words[0].store(INTENT | u64::from(volume.0) << 16, Ordering::Release);
-        Ok(Reservation { capture: self, volume, room: Some(Room { slot, at: offset + intent_room, bytes }) })
+        words[3].store(from_halves(need, intent_bytes.len() | skip << 16), Ordering::Relaxed);
+        words[7].store(0, Ordering::Relaxed);
+        let begin = self.ring_at + (at % self.ring_bytes as u64) as usize;
+        self.map.copy_in(begin, &intent_bytes);
+        words[0].store(SlotState::word(INTENT, volume, false), Ordering::Release);
+        Room { slot, note_at: (note > 0).then_some(begin + intent), at: begin + skip, bytes: update }
     }
 
     /// Where room for `need` bytes begins, or `None` if there is none.
-    fn place(&self, ring: &Ring, need: usize) -> Option<u64> {
+    fn place(&self, ring: &Ring, need: usize, slots: usize) -> Option<u64> {
         let size = self.ring_bytes as u64;
-        if ring.tail_slot - ring.head_slot >= self.slots as u64 {
+        if ring.tail_slot - ring.head_slot + slots as u64 > self.slots as u64 {
             return None;
         }
         let left_to_wrap = size - ring.tail_at % size;
@@ -555,7 +595,7 @@ impl Capture {
     fn advance_head(&self, ring: &mut Ring) {
         while ring.head_slot < ring.tail_slot {
             let words = self.slot_words(ring.head_slot);
-            if words[0].load(Ordering::Acquire) & 0xff != FREE {
+            if SlotState::of(words[0].load(Ordering::Acquire)).state != FREE {
                 ring.head_at = words[2].load(Ordering::Relaxed);
                 return;
             }
@@ -608,7 +648,8 @@ impl Capture {
             // Under this lock nothing is being published, so whatever comes is stamped later than this.
             (_, None) => publish.clock.tick(Reading::now()),
         };
-        self.map.words()[W_LAST_TIME].store(end.0, Ordering::Relaxed);
+        // A cut by size ends before what is published already.
+        self.map.words()[W_LAST_TIME].fetch_max(end.0, Ordering::Relaxed);
         Cut { end, updates, emptied }
     }
 
@@ -629,6 +670,51 @@ impl Capture {
     /// Appends the update's data to `out`.
     pub fn copy_data(&self, captured: &Captured, out: &mut Vec<u8>) {
         self.map.copy_out(captured.data_at, captured.data_len, out);
+    }
+
+    /// Notes, for after a crash, which record set ends with the last of `updates`, and that none ends with the others.
+    pub fn note_set(&self, updates: &[Captured], number: SetNumber, hash: SetHash, end: Timestamp) {
+        let Some((last, others)) = updates.split_last() else { return };
+        for captured in others {
+            let word = &self.slot_words(captured.slot)[0];
+            if SlotState::of(word.load(Ordering::Relaxed)).set_ends {
+                word.store(SlotState::word(PUBLISHED, captured.volume, false), Ordering::Release);
+            }
+        }
+        let words = self.slot_words(last.slot);
+        let begin = self.ring_at + (words[2].load(Ordering::Relaxed) % self.ring_bytes as u64) as usize;
+        layout::put_set_end(&self.map.words()[begin / WORD..], number, hash, end);
+        words[0].store(SlotState::word(PUBLISHED, last.volume, true), Ordering::Release);
+    }
+
+    /// The replica has a volume's record sets up to `point` without a gap. Then [`release`](Self::release) their updates.
+    pub fn acknowledge(&self, volume: VolumeIndex, point: ChainPoint, end: Timestamp) {
+        VolumeWords::of(&self.map, volume.as_usize()).set_acked(point, end);
+    }
+
+    /// Takes out of the queue what the replica turned out to have, up to the update `through`: after a restart, before
+    /// anything was cut.
+    pub fn discard(&self, volume: VolumeIndex, through: Seq) {
+        let mut publish = lock(&self.publish);
+        let known = |captured: &Captured| captured.volume == volume && captured.stamp.seq <= through;
+        let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut publish.queue).into_iter().partition(known);
+        publish.queue = kept.into();
+        publish.queued_bytes = publish.queue.iter().map(Captured::bytes).sum();
+        publish.tokened = 0;
+        drop(publish);
+        self.release(&gone);
+    }
+
+    /// Frees the slots of operations that an earlier run had under way: what they did has been published anew.
+    pub fn settle_left(&self) {
+        let mut ring = lock(&self.ring);
+        for slot in ring.head_slot..ring.tail_slot {
+            let word = &self.slot_words(slot)[0];
+            if SlotState::of(word.load(Ordering::Acquire)).state == INTENT {
+                word.store(FREE, Ordering::Release);
+            }
+        }
+        self.advance_head(&mut ring);
     }
 
     /// Frees the room of updates that the replica has made durable.
@@ -710,6 +796,7 @@ impl Capture {
     fn suspend_locked(&self, ring: &mut Ring, overflow: Option<Overflow>) {
         if ring.mode == Mode::Active {
             ring.mode = Mode::Suspended(overflow);
+            self.map.words()[W_DROPPED].store(1, Ordering::Release);
             // Operations under way publish nothing either: what they would publish follows updates already dropped.
             let mut publish = lock(&self.publish);
             publish.closed = Some(publish.clock.last());
@@ -799,24 +886,15 @@ impl Pacing {
     }
 }
 
-fn session_words(session: SessionId) -> (u64, u64) {
-    let mut words = session.as_bytes().chunks_exact(8).map(|half| {
-        let mut raw = [0; 8];
-        raw.copy_from_slice(half);
-        u64::from_le_bytes(raw)
-    });
-    (words.next().unwrap_or(0), words.next().unwrap_or(0))
-}
-
-fn halves(word: u64) -> (usize, usize) {
-    ((word & 0xffff_ffff) as usize, (word >> 32) as usize)
-}
-
-fn from_halves(low: usize, high: usize) -> u64 {
-    low as u64 | (high as u64) << 32
-}
-
 impl Reservation<'_> {
+    /// Notes what an operation on names found under its locks. Call it right before the call that changes something:
+    /// without a note, it is known after a crash that nothing happened.
+    pub fn note(&self, note: Note) {
+        if let Some(Room { slot, note_at: Some(at), .. }) = self.room {
+            layout::put_note(&self.capture.map, at, &self.capture.slot_words(slot)[7], note);
+        }
+    }
+
     /// Copies the update and its data, takes the stamp and publishes, in one atomic step. Call it under the locks of
     /// all that the operation changed, after the backing call, before the reply.
     ///
@@ -827,6 +905,7 @@ impl Reservation<'_> {
     pub fn publish<B: AsRef<[u8]>>(mut self, op: Op<B>, attrs: AttrList, data: &[u8]) -> Option<Stamp> {
         let room = self.room.take()?;
         let capture = self.capture;
+        let op_kind = op.kind();
         let mut encoded = Vec::with_capacity(256);
         update::encode(&Update { stamp: Stamp::default(), op, attrs }, &mut encoded);
         assert!(padded(encoded.len()) + padded(data.len()) <= room.bytes, "more than was reserved");
@@ -852,9 +931,11 @@ impl Reservation<'_> {
         header[2].store(seq.0.to_le(), Ordering::Relaxed);
         words[5].store(stamp.time.0, Ordering::Relaxed);
         words[6].store(seq.0, Ordering::Relaxed);
-        capture.map.words()[W_LAST_SEQ + self.volume.as_usize()].store(seq.0, Ordering::Relaxed);
         capture.map.words()[W_LAST_TIME].store(stamp.time.0, Ordering::Relaxed);
-        words[0].store(PUBLISHED | u64::from(self.volume.0) << 16, Ordering::Release);
+        words[0].store(SlotState::word(PUBLISHED, self.volume, false), Ordering::Release);
+        if op_kind == OpKind::Complete {
+            VolumeWords::of(&capture.map, self.volume.as_usize()).set_complete(Some(stamp));
+        }
         let captured = Captured {
             volume: self.volume,
             stamp,
@@ -885,187 +966,4 @@ impl Drop for Reservation<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use twinfs_core::update::{Attr, sample_file};
-
-    const SESSION: SessionId = SessionId::from_bytes([7; 16]);
-    const V: VolumeIndex = VolumeIndex(0);
-
-    fn start(last_seq: &[Seq]) -> Start<'_> {
-        Start { session: SESSION, last_seq, floor: Timestamp::ZERO, limit: Timestamp(u64::MAX) }
-    }
-
-    fn sidefile(dir: &tempfile::TempDir) -> Capture {
-        let capture =
-            Capture::create(&dir.path().join("sidefile"), bytes_min(), &start(&[Seq::ZERO; 2])).unwrap();
-        capture.set_link_up(true);
-        capture
-    }
-
-    fn attr() -> Attr {
-        Attr { mode: 0o100_644, uid: 0, gid: 0, nlink: 1, rdev: 0, size: 0, mtime_s: 1, mtime_ns: 2 }
-    }
-
-    fn reserve(capture: &Capture, volume: VolumeIndex, bytes: usize) -> Reservation<'_> {
-        let file = sample_file(5);
-        capture.reserve(volume, &Intent::Range { file, offset: 0, len: bytes as u64 }, 256, bytes).unwrap()
-    }
-
-    fn publish(reservation: Reservation<'_>, data: &[u8]) -> Option<Stamp> {
-        let file = sample_file(5);
-        let op: Op<&[u8]> = Op::Write { file, offset: 0, len: data.len() as u32 };
-        reservation.publish(op, [(file, attr())].into_iter().collect(), data)
-    }
-
-    fn write(capture: &Capture, volume: VolumeIndex, data: &[u8]) -> Option<Stamp> {
-        publish(reserve(capture, volume, data.len()), data)
-    }
-
-    #[test]
-    fn updates_come_out_in_the_order_of_stamps_with_their_bytes() {
-        let dir = tempfile::tempdir().unwrap();
-        let capture = sidefile(&dir);
-        let early = reserve(&capture, V, 8);
-        let first = write(&capture, VolumeIndex(1), b"first").unwrap();
-        let failed = reserve(&capture, V, 8);
-        let second = publish(early, b"second").unwrap();
-        drop(failed);
-        assert!(first < second);
-        assert_eq!((first.seq, second.seq), (Seq(1), Seq(1)), "sequence numbers are dense for each volume");
-        let cut = capture.cut(usize::MAX);
-        assert!(cut.emptied && cut.end > second.time);
-        assert_eq!(cut.updates.iter().map(|u| u.stamp).collect::<Vec<_>>(), [first, second]);
-        for (captured, data) in cut.updates.iter().zip([&b"first"[..], b"second"]) {
-            let (mut meta, mut bytes) = (Vec::new(), Vec::new());
-            capture.copy_meta(captured, &mut meta);
-            capture.copy_data(captured, &mut bytes);
-            assert_eq!(update::decode(&meta, 0).unwrap().0.stamp, captured.stamp);
-            assert_eq!(bytes, data);
-        }
-    }
-
-    #[test]
-    fn no_cut_passes_an_update_in_flight() {
-        let dir = tempfile::tempdir().unwrap();
-        let capture = sidefile(&dir);
-        let in_flight = reserve(&capture, V, 1);
-        write(&capture, V, b"x").unwrap();
-        let end = capture.cut(usize::MAX).end;
-        assert!(publish(in_flight, b"y").unwrap().time > end);
-    }
-
-    #[test]
-    fn a_cut_by_size_ends_at_its_last_update() {
-        let dir = tempfile::tempdir().unwrap();
-        let capture = sidefile(&dir);
-        let stamps: Vec<_> = (0..3).map(|_| write(&capture, V, &[1; 1000]).unwrap()).collect();
-        let cut = capture.cut(1500);
-        assert_eq!((cut.updates.len(), cut.emptied, cut.end), (2, false, stamps[1].time));
-    }
-
-    #[test]
-    fn the_ring_wraps_and_fills_and_frees() {
-        let dir = tempfile::tempdir().unwrap();
-        let capture = sidefile(&dir);
-        let mut held = VecDeque::new();
-        for round in 0..200u32 {
-            let data = vec![round as u8; 100_000 + round as usize * 37];
-            write(&capture, V, &data).unwrap();
-            held.push_back((capture.cut(usize::MAX).updates, data));
-            if held.len() > 20 {
-                let (updates, data) = held.pop_front().unwrap();
-                let mut bytes = Vec::new();
-                capture.copy_data(&updates[0], &mut bytes);
-                assert!(bytes == data, "round {round}: bytes were overwritten before their release");
-                capture.release(&updates);
-            }
-        }
-        while let Some((updates, _)) = held.pop_back() {
-            capture.release(&updates);
-        }
-        assert_eq!(capture.fill().used, 0);
-    }
-
-    #[test]
-    fn without_a_link_a_full_sidefile_suspends_and_keeps_the_prefix() {
-        let dir = tempfile::tempdir().unwrap();
-        let capture = sidefile(&dir);
-        capture.set_link_up(false);
-        let in_flight = reserve(&capture, V, 10);
-        let mut kept = 0;
-        while write(&capture, V, &[0; 500_000]).is_some() {
-            kept += 1;
-        }
-        assert!(kept > 5);
-        assert_eq!(capture.fill().overflow, Some(Overflow::LinkDown));
-        assert_eq!(publish(in_flight, b"late"), None, "it would follow a dropped update");
-        let cut = capture.cut(usize::MAX);
-        assert_eq!(cut.updates.len(), kept);
-        assert_eq!(
-            cut.end,
-            cut.updates.last().unwrap().stamp.time,
-            "nothing is known after the last kept update"
-        );
-        capture.now();
-        assert_eq!(capture.cut(usize::MAX).end, cut.end, "time stands still");
-    }
-
-    #[test]
-    fn what_was_published_outlives_the_process() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("sidefile");
-        let capture = sidefile(&dir);
-        write(&capture, V, b"released").unwrap();
-        capture.release(&capture.cut(usize::MAX).updates);
-        let kept = [write(&capture, V, b"kept").unwrap(), write(&capture, VolumeIndex(1), b"too").unwrap()];
-        std::mem::forget(reserve(&capture, V, 3));
-        drop(capture);
-        assert!(!Capture::was_clean(&path));
-
-        let (again, intents) = Capture::open(&path, &start(&[Seq::ZERO; 2])).unwrap();
-        assert_eq!(intents, 1);
-        let cut = again.cut(usize::MAX);
-        assert_eq!(cut.updates.iter().map(|u| u.stamp).collect::<Vec<_>>(), kept);
-        again.set_link_up(true);
-        let next = write(&again, V, b"next").unwrap();
-        assert_eq!(next.seq, kept[0].seq.next());
-        assert!(next > kept[1]);
-        again.release(&cut.updates);
-        again.close().unwrap();
-        assert!(Capture::was_clean(&path));
-        let other = Start { session: SessionId::from_bytes([8; 16]), ..start(&[Seq::ZERO; 2]) };
-        assert!(matches!(Capture::open(&path, &other), Err(SidefileError::Damaged { .. })));
-    }
-
-    #[test]
-    fn tokens_are_given_out_once_and_only_before_the_cut() {
-        let dir = tempfile::tempdir().unwrap();
-        let capture = sidefile(&dir);
-        let first = write(&capture, V, b"1").unwrap();
-        assert_eq!(capture.take_untokened(10).iter().map(|c| c.stamp).collect::<Vec<_>>(), [first]);
-        let second = write(&capture, V, b"2").unwrap();
-        assert_eq!(capture.take_untokened(10).iter().map(|c| c.stamp).collect::<Vec<_>>(), [second]);
-        write(&capture, V, b"3").unwrap();
-        capture.cut(usize::MAX);
-        assert_eq!(capture.take_untokened(10), []);
-    }
-
-    #[test]
-    fn a_hold_waits_for_what_is_under_way_and_a_fence_refuses() {
-        let dir = tempfile::tempdir().unwrap();
-        let capture = sidefile(&dir);
-        let in_flight = reserve(&capture, V, 1);
-        assert!(!capture.hold(Duration::from_millis(1)));
-        publish(in_flight, b"x").unwrap();
-        assert!(capture.hold(Duration::from_secs(60)));
-        std::thread::scope(|scope| {
-            let held = scope.spawn(|| write(&capture, V, b"y"));
-            capture.let_go();
-            assert!(held.join().unwrap().is_some());
-        });
-        capture.fence();
-        let refused = capture.reserve(V, &Intent::Attrs { file: sample_file(1) }, 100, 0);
-        assert_eq!(refused.err(), Some(Refused::Fenced));
-    }
-}
+mod tests;

@@ -1,0 +1,182 @@
+use super::*;
+use twinfs_core::update::{Attr, sample_file};
+
+const SESSION: SessionId = SessionId::from_bytes([7; 16]);
+const V: VolumeIndex = VolumeIndex(0);
+
+fn start(volumes: &[StartVolume]) -> Start<'_> {
+    Start { session: SESSION, volumes, floor: Timestamp::ZERO, limit: Timestamp(u64::MAX) }
+}
+
+fn sidefile(dir: &tempfile::TempDir) -> Capture {
+    let capture =
+        Capture::create(&dir.path().join("sidefile"), bytes_min(), &start(&[StartVolume::NEW; 2])).unwrap();
+    capture.set_link_up(true);
+    capture
+}
+
+fn attr() -> Attr {
+    Attr { mode: 0o100_644, uid: 0, gid: 0, nlink: 1, rdev: 0, size: 0, mtime_s: 1, mtime_ns: 2 }
+}
+
+fn reserve(capture: &Capture, volume: VolumeIndex, bytes: usize) -> Reservation<'_> {
+    let file = sample_file(5);
+    capture.reserve(volume, &Intent::Range { file, offset: 0, len: bytes as u64 }, 256, bytes).unwrap()
+}
+
+fn publish(reservation: Reservation<'_>, data: &[u8]) -> Option<Stamp> {
+    let file = sample_file(5);
+    let op: Op<&[u8]> = Op::Write { file, offset: 0, len: data.len() as u32 };
+    reservation.publish(op, [(file, attr())].into_iter().collect(), data)
+}
+
+fn write(capture: &Capture, volume: VolumeIndex, data: &[u8]) -> Option<Stamp> {
+    publish(reserve(capture, volume, data.len()), data)
+}
+
+#[test]
+fn updates_come_out_in_the_order_of_stamps_with_their_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let capture = sidefile(&dir);
+    let early = reserve(&capture, V, 8);
+    let first = write(&capture, VolumeIndex(1), b"first").unwrap();
+    let failed = reserve(&capture, V, 8);
+    let second = publish(early, b"second").unwrap();
+    drop(failed);
+    assert!(first < second);
+    assert_eq!((first.seq, second.seq), (Seq(1), Seq(1)), "sequence numbers are dense for each volume");
+    let cut = capture.cut(usize::MAX);
+    assert!(cut.emptied && cut.end > second.time);
+    assert_eq!(cut.updates.iter().map(|u| u.stamp).collect::<Vec<_>>(), [first, second]);
+    for (captured, data) in cut.updates.iter().zip([&b"first"[..], b"second"]) {
+        let (mut meta, mut bytes) = (Vec::new(), Vec::new());
+        capture.copy_meta(captured, &mut meta);
+        capture.copy_data(captured, &mut bytes);
+        assert_eq!(update::decode(&meta, 0).unwrap().0.stamp, captured.stamp);
+        assert_eq!(bytes, data);
+    }
+}
+
+#[test]
+fn no_cut_passes_an_update_in_flight() {
+    let dir = tempfile::tempdir().unwrap();
+    let capture = sidefile(&dir);
+    let in_flight = reserve(&capture, V, 1);
+    write(&capture, V, b"x").unwrap();
+    let end = capture.cut(usize::MAX).end;
+    assert!(publish(in_flight, b"y").unwrap().time > end);
+}
+
+#[test]
+fn a_cut_by_size_ends_at_its_last_update() {
+    let dir = tempfile::tempdir().unwrap();
+    let capture = sidefile(&dir);
+    let stamps: Vec<_> = (0..3).map(|_| write(&capture, V, &[1; 1000]).unwrap()).collect();
+    let cut = capture.cut(1500);
+    assert_eq!((cut.updates.len(), cut.emptied, cut.end), (2, false, stamps[1].time));
+}
+
+#[test]
+fn the_ring_wraps_and_fills_and_frees() {
+    let dir = tempfile::tempdir().unwrap();
+    let capture = sidefile(&dir);
+    let mut held = VecDeque::new();
+    for round in 0..200u32 {
+        let data = vec![round as u8; 100_000 + round as usize * 37];
+        write(&capture, V, &data).unwrap();
+        held.push_back((capture.cut(usize::MAX).updates, data));
+        if held.len() > 20 {
+            let (updates, data) = held.pop_front().unwrap();
+            let mut bytes = Vec::new();
+            capture.copy_data(&updates[0], &mut bytes);
+            assert!(bytes == data, "round {round}: bytes were overwritten before their release");
+            capture.release(&updates);
+        }
+    }
+    while let Some((updates, _)) = held.pop_back() {
+        capture.release(&updates);
+    }
+    assert_eq!(capture.fill().used, 0);
+}
+
+#[test]
+fn without_a_link_a_full_sidefile_suspends_and_keeps_the_prefix() {
+    let dir = tempfile::tempdir().unwrap();
+    let capture = sidefile(&dir);
+    capture.set_link_up(false);
+    let in_flight = reserve(&capture, V, 10);
+    let mut kept = 0;
+    while write(&capture, V, &[0; 500_000]).is_some() {
+        kept += 1;
+    }
+    assert!(kept > 5);
+    assert_eq!(capture.fill().overflow, Some(Overflow::LinkDown));
+    assert_eq!(publish(in_flight, b"late"), None, "it would follow a dropped update");
+    let cut = capture.cut(usize::MAX);
+    assert_eq!(cut.updates.len(), kept);
+    assert_eq!(
+        cut.end,
+        cut.updates.last().unwrap().stamp.time,
+        "nothing is known after the last kept update"
+    );
+    capture.now();
+    assert_eq!(capture.cut(usize::MAX).end, cut.end, "time stands still");
+}
+
+#[test]
+fn what_was_published_outlives_the_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sidefile");
+    let capture = sidefile(&dir);
+    write(&capture, V, b"released").unwrap();
+    capture.release(&capture.cut(usize::MAX).updates);
+    let kept = [write(&capture, V, b"kept").unwrap(), write(&capture, VolumeIndex(1), b"too").unwrap()];
+    std::mem::forget(reserve(&capture, V, 3));
+    drop(capture);
+    assert!(!Capture::was_clean(&path));
+
+    let (again, survivors) = Capture::open(&path, &start(&[StartVolume::NEW; 2])).unwrap();
+    assert_eq!((survivors.intents.len(), survivors.updates, survivors.dropped), (1, 2, false));
+    let cut = again.cut(usize::MAX);
+    assert_eq!(cut.updates.iter().map(|u| u.stamp).collect::<Vec<_>>(), kept);
+    again.set_link_up(true);
+    let next = write(&again, V, b"next").unwrap();
+    assert_eq!(next.seq, kept[0].seq.next());
+    assert!(next > kept[1]);
+    again.release(&cut.updates);
+    again.close().unwrap();
+    assert!(Capture::was_clean(&path));
+    let other = Start { session: SessionId::from_bytes([8; 16]), ..start(&[StartVolume::NEW; 2]) };
+    assert!(matches!(Capture::open(&path, &other), Err(SidefileError::Damaged { .. })));
+}
+
+#[test]
+fn tokens_are_given_out_once_and_only_before_the_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let capture = sidefile(&dir);
+    let first = write(&capture, V, b"1").unwrap();
+    assert_eq!(capture.take_untokened(10).iter().map(|c| c.stamp).collect::<Vec<_>>(), [first]);
+    let second = write(&capture, V, b"2").unwrap();
+    assert_eq!(capture.take_untokened(10).iter().map(|c| c.stamp).collect::<Vec<_>>(), [second]);
+    write(&capture, V, b"3").unwrap();
+    capture.cut(usize::MAX);
+    assert_eq!(capture.take_untokened(10), []);
+}
+
+#[test]
+fn a_hold_waits_for_what_is_under_way_and_a_fence_refuses() {
+    let dir = tempfile::tempdir().unwrap();
+    let capture = sidefile(&dir);
+    let in_flight = reserve(&capture, V, 1);
+    assert!(!capture.hold(Duration::from_millis(1)));
+    publish(in_flight, b"x").unwrap();
+    assert!(capture.hold(Duration::from_secs(60)));
+    std::thread::scope(|scope| {
+        let held = scope.spawn(|| write(&capture, V, b"y"));
+        capture.let_go();
+        assert!(held.join().unwrap().is_some());
+    });
+    capture.fence();
+    let refused = capture.reserve(V, &Intent::Attrs { file: sample_file(1) }, 100, 0);
+    assert_eq!(refused.err(), Some(Refused::Fenced));
+}
