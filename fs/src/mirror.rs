@@ -24,6 +24,7 @@ use twinfs_core::id::{FileId, VolumeIndex, VolumeInstance, VolumeName};
 use twinfs_core::stamp::Stamp;
 use twinfs_core::update::{Attr, AttrList, Intent, Kind, Note, Op, UPDATE_HEADER_BYTES};
 use twinfs_core::{limits, update};
+use twinfs_replicator::failpoint::{self, FailPoint};
 use twinfs_replicator::primary::sidefile::Wanted;
 
 use crate::copier::CopySwitch;
@@ -211,7 +212,10 @@ impl Reserved<'_> {
     /// Publishes the update, unless the session is suspended, or a copy of the volume reads later what the operation did.
     /// Called under the locks of all that it touched.
     pub(crate) fn publish(self, op: Op<&[u8]>, attrs: AttrList, data: &[u8]) -> Option<Stamp> {
-        if self.copy.admits(&op) { self.pending.publish(op, attrs, data) } else { None }
+        failpoint::pass(FailPoint::BackingDone);
+        let stamp = if self.copy.admits(&op) { self.pending.publish(op, attrs, data) } else { None };
+        failpoint::pass(FailPoint::Published);
+        stamp
     }
 }
 

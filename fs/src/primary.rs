@@ -16,6 +16,7 @@ use twinfs_core::session::sender::{IssuedSet, Sender, SenderConfig, SenderVolume
 use twinfs_core::session::{ChainPoint, Role, SuspendReason, VolumeState as CopyState};
 use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_replicator::control::{self, Answer, Handler, Request};
+use twinfs_replicator::failpoint::{self, FailPoint};
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica};
 use twinfs_replicator::primary::sidefile::{Capture, Start, StartVolume, Survivors};
@@ -281,6 +282,7 @@ impl Running {
         state.suspended = suspended;
         state.clean = false;
         site.save_state(&state)?;
+        failpoint::pass(FailPoint::StateSaved);
         let role = state.role;
         if role == Role::Fenced {
             capture.fence();

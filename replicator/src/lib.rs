@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod control;
+pub mod failpoint;
 pub mod primary;
 pub mod replica;
 pub mod site;

@@ -25,6 +25,8 @@ use twinfs_core::id::{Epoch, FileId, SessionId, SetHash, SetNumber, SiteName, Vo
 use twinfs_core::session::{self, Role, SuspendReason};
 use twinfs_core::stamp::{Seq, Stamp, Timestamp};
 
+use crate::failpoint::{self, FailPoint};
+
 /// The version of the control file that this program writes and reads.
 const STATE_VERSION: u32 = 1;
 
@@ -198,7 +200,11 @@ impl SiteDir {
     /// [`SiteError::Io`] if the kernel does not tell the boot's identity.
     pub fn sidefile(&self) -> Result<PathBuf, SiteError> {
         let path = Path::new("/proc/sys/kernel/random/boot_id");
-        let boot = fs::read_to_string(path).map_err(io_error("read", path))?;
+        // A test of power cuts cannot boot the machine: it names the boot.
+        let boot = match std::env::var("TWINFS_TEST_BOOT_ID") {
+            Ok(named) => named,
+            Err(_) => fs::read_to_string(path).map_err(io_error("read", path))?,
+        };
         Ok(self.path.join(format!("{SIDEFILE_PREFIX}{}", boot.trim())))
     }
 
@@ -330,6 +336,7 @@ pub fn replace_durably(path: &Path, contents: &[u8]) -> Result<(), SiteError> {
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         file.write_all(contents)?;
         file.sync_all()?;
+        failpoint::pass(FailPoint::FileWritten);
         fs::rename(&temporary, path)?;
         File::open(parent)?.sync_all()
     };

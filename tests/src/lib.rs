@@ -5,12 +5,17 @@
 #![forbid(unsafe_code)]
 
 pub mod fixture;
+pub mod ledger;
+pub mod loads;
 pub mod loop_fs;
 pub mod ops;
+pub mod order;
 pub mod pair;
 pub mod process;
 pub mod relay;
 pub mod sampler;
+pub mod scene;
 pub mod seed;
 pub mod stranger;
 pub mod tree;
+pub mod watcher;

@@ -1,6 +1,7 @@
 //! Two sites on this machine: identities, daemons, mounts, and the link between them.
 
 use std::net::UdpSocket;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use twinfs_replicator::failpoint;
 
 use crate::loop_fs::unmount;
-use crate::process::{Daemon, output, run, twinfs, wait_for};
+use crate::process::{Daemon, PATIENCE, output, run, twinfs, wait_for};
 use crate::relay::Relay;
 use crate::sampler::Sampler;
 use crate::tree::{self, Compare};
@@ -28,6 +30,8 @@ pub struct Setup {
     pub replica_args: Vec<String>,
     /// Where everything stands; a temporary directory if `None`.
     pub root: Option<PathBuf>,
+    /// Where the sources and the primary's site directory stand; at the root if `None`.
+    pub primary_dir: Option<PathBuf>,
     /// Where the replica's site directory stands; below the root if `None`.
     pub replica_site: Option<PathBuf>,
     /// Mount over the sources themselves.
@@ -49,6 +53,8 @@ pub struct Pair {
     /// The replica's daemon.
     pub replica: Option<Daemon>,
     relay: Option<Relay>,
+    /// The daemon that shall kill itself, and where.
+    fail_at: Option<(&'static str, String)>,
 }
 
 /// A UDP port on loopback that was free a moment ago.
@@ -91,7 +97,7 @@ impl Pair {
         };
         let port = free_port();
         let relay = setup.relay.then(|| Relay::start(port));
-        let pair = Self { setup, root, temporary, port, primary: None, replica: None, relay };
+        let pair = Self { setup, root, temporary, port, primary: None, replica: None, relay, fail_at: None };
         for (volume, _) in &pair.setup.volumes {
             std::fs::create_dir_all(pair.source(volume)).expect("a source directory");
             std::fs::create_dir_all(pair.mount(volume)).expect("a mount point");
@@ -126,6 +132,7 @@ impl Pair {
     pub fn site(&self, name: &str) -> PathBuf {
         match &self.setup.replica_site {
             Some(path) if name == "chi" => path.clone(),
+            _ if name == "nyc" => self.primary_dir().join("nyc.site"),
             _ => self.root.join(format!("{name}.site")),
         }
     }
@@ -133,7 +140,11 @@ impl Pair {
     /// The source directory of a volume.
     #[must_use]
     pub fn source(&self, volume: &str) -> PathBuf {
-        self.root.join(self.source_name(volume))
+        self.primary_dir().join(self.source_name(volume))
+    }
+
+    fn primary_dir(&self) -> &Path {
+        self.setup.primary_dir.as_deref().unwrap_or(&self.root)
     }
 
     /// The primary's mount of a volume.
@@ -193,7 +204,48 @@ impl Pair {
         let mut command = Command::new(twinfs());
         command.arg(verb).arg("--site").arg(self.site(site));
         command.envs(self.setup.env.iter().map(|(key, value)| (key, value)));
+        if let Some((daemon, point)) = &self.fail_at
+            && *daemon == site
+        {
+            command.env(failpoint::VARIABLE, point);
+        }
         command
+    }
+
+    /// Has the next daemon of a site kill itself at a fail point, `NAME[:N]`; `None`: no daemon.
+    pub fn fail_at(&mut self, point: Option<(&'static str, String)>) {
+        self.fail_at = point;
+    }
+
+    fn daemon(&mut self, site: &str) -> &mut Daemon {
+        let daemon = if site == "nyc" { &mut self.primary } else { &mut self.replica };
+        daemon.as_mut().expect("the daemon was started")
+    }
+
+    /// Kills the daemon of a site, if it has not died already.
+    pub fn kill(&mut self, site: &str) {
+        self.daemon(site).kill();
+    }
+
+    /// Waits until the daemon of a site has killed itself at its fail point.
+    ///
+    /// # Panics
+    /// If it does not, or ends in another way.
+    pub fn wait_killed(&mut self, site: &str) {
+        let point = self.fail_at.clone();
+        let start = Instant::now();
+        while self.daemon(site).is_running() {
+            assert!(start.elapsed() < PATIENCE, "the daemon of {site} never came to {point:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let daemon = self.daemon(site);
+        let status = daemon.wait();
+        assert_eq!(
+            status.signal(),
+            Some(9),
+            "the daemon of {site} ended with {status}:\n{}",
+            daemon.log_text()
+        );
     }
 
     /// The command that starts the replica.
@@ -229,10 +281,18 @@ impl Pair {
         self.setup.env.push((key, value.into()));
     }
 
+    /// Starts the daemon of a site and does not wait until it answers.
+    pub fn spawn(&mut self, site: &str) {
+        let log = self.root.join(format!("{site}.log"));
+        match site {
+            "nyc" => self.primary = Some(Daemon::start(&mut self.mount_command(), &log)),
+            _ => self.replica = Some(Daemon::start(&mut self.replica_command(), &log)),
+        }
+    }
+
     /// Starts the replica's daemon and waits until it answers.
     pub fn start_replica(&mut self) {
-        let log = self.root.join("chi.log");
-        self.replica = Some(Daemon::start(&mut self.replica_command(), &log));
+        self.spawn("chi");
         self.wait_running("chi");
         // A promoted site mounts its volumes there.
         wait_for("the replica's mount", || (!mounts_below(&self.view_root()).is_empty()).then_some(()));
@@ -240,8 +300,7 @@ impl Pair {
 
     /// Starts the primary's daemon and waits until it answers and its mounts are there.
     pub fn start_primary(&mut self) {
-        let log = self.root.join("nyc.log");
-        self.primary = Some(Daemon::start(&mut self.mount_command(), &log));
+        self.spawn("nyc");
         self.wait_running("nyc");
         wait_for("the primary's mounts", || {
             let mounted = mounts_below(&self.root);
@@ -252,8 +311,7 @@ impl Pair {
     fn wait_running(&mut self, site: &str) {
         let start = Instant::now();
         while self.try_status(site).is_none() {
-            let daemon = if site == "nyc" { &mut self.primary } else { &mut self.replica };
-            let daemon = daemon.as_mut().expect("the daemon was started");
+            let daemon = self.daemon(site);
             assert!(daemon.is_running(), "the daemon of {site} ended:\n{}", daemon.log_text());
             assert!(
                 start.elapsed() < Duration::from_secs(30),
@@ -262,6 +320,11 @@ impl Pair {
             );
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Ends the daemon of a site with SIGTERM, and asserts that it ended well.
+    pub fn stop(&mut self, site: &str) {
+        self.daemon(site).stop();
     }
 
     /// Ends the primary with SIGTERM, and asserts that it ended well.

@@ -25,6 +25,12 @@ impl Sampler {
         text.trim().parse().unwrap_or_else(|_| panic!("{} says {text:?}", self.group.display()))
     }
 
+    /// The number of the group that is visible now; `None` if the view does not answer.
+    #[must_use]
+    pub fn try_group(&self) -> Option<u64> {
+        std::fs::read_to_string(&self.group).ok()?.trim().parse().ok()
+    }
+
     /// What `read` returned, and the group that it saw; `None` if it saw several.
     pub fn sample<T>(&self, read: impl FnOnce() -> T) -> Option<(u64, T)> {
         let before = self.group();

@@ -5,68 +5,16 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use twinfs_tests::ops::{Actor, Generator, Mix, Operation, Rng};
+use twinfs_tests::ledger::{Ledger, MIX, within_a_page};
+use twinfs_tests::ops::{Actor, Generator, Rng};
 use twinfs_tests::pair::{Pair, Setup};
 use twinfs_tests::relay::Link;
 use twinfs_tests::seed;
 use twinfs_tests::tree::{self, Compare, Listing};
-
-/// A small tree, so that it can be hashed after every call, each of which changes it at most once.
-const MIX: Mix = Mix { shifts: false, data_bytes_max: 3000, single_calls: true, names: 3, depth: 2 };
-
-const PAGE: u64 = 4096;
-
-/// What each state of the tree was, and which place it has in the order.
-#[derive(Default)]
-struct Ledger {
-    hashes: Vec<String>,
-    listings: Vec<Listing>,
-    what: Vec<String>,
-}
-
-impl Ledger {
-    /// Enters the state of the tree after something was done.
-    fn enter(&mut self, source: &Path, what: impl FnOnce() -> String) {
-        let listing = tree::listing(source, Compare::ALL);
-        let hash = tree::hash(&listing);
-        // A call that failed or changed nothing leaves the state that is there already.
-        if self.hashes.last() != Some(&hash) {
-            self.hashes.push(hash);
-            self.listings.push(listing);
-            self.what.push(what());
-        }
-    }
-
-    /// The entry after `place` that is most like a listing, and how they differ.
-    fn nearest(&self, place: usize, listing: &Listing) -> String {
-        let differing = |entry: &Listing| {
-            let changed = entry.iter().filter(|(path, line)| listing.get(*path) != Some(line)).count();
-            changed + listing.keys().filter(|path| !entry.contains_key(*path)).count()
-        };
-        let places = place..self.listings.len();
-        let nearest = places.min_by_key(|at| differing(&self.listings[*at])).unwrap_or(place);
-        let difference = tree::differences(&self.listings[nearest], listing).unwrap_or_default();
-        let what = &self.what[nearest.saturating_sub(3)..(nearest + 3).min(self.what.len())];
-        format!("most like entry {nearest} (left) of {what:#?}\n{difference}")
-    }
-}
-
-/// Cuts a write at the end of its page: the kernel may hand a longer one to the mount in two parts, each of which is an update.
-fn within_a_page(operation: &mut Operation, root: &Path) {
-    let (at, data) = match operation {
-        Operation::Write { offset, data, .. } | Operation::WriteHeld { offset, data, .. } => (*offset, data),
-        Operation::Append { path, data } => {
-            (std::fs::metadata(root.join(path)).map_or(0, |metadata| metadata.len()), data)
-        }
-        _ => return,
-    };
-    data.truncate((PAGE - at % PAGE) as usize);
-}
 
 /// Performs the operations; a counter is written before each, so that no two states are equal.
 fn write(pair: &Pair, seed: u64, rounds: u64, pause: Duration) -> Ledger {

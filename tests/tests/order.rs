@@ -6,54 +6,24 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use twinfs_tests::ops::Rng;
+use twinfs_tests::order::{
+    ACCOUNTS, Account, Auditor, START_BALANCE, Transfers, account_path, read_numbers, write_numbers,
+};
 use twinfs_tests::pair::{Pair, Setup};
 use twinfs_tests::seed;
 
 /// Share of record sets that the primary holds back until later ones were sent, in percent.
 const SHUFFLED_PERCENT: u32 = 25;
-const ACCOUNTS: usize = 10;
-const START_BALANCE: i64 = 1000;
 
 /// A pair of files, as (volume, name): the writer writes n to the first, then n to the second.
 type AB = [(&'static str, &'static str); 2];
 const ACROSS: [AB; 2] = [[("one", "a"), ("two", "b")], [("two", "c"), ("one", "d")]];
 const WITHIN: AB = [("one", "e"), ("one", "f")];
-
-/// The file that a transfer debits, the one that it credits, and the amount: the same for every reader of the seed.
-#[derive(Debug, Clone)]
-struct Transfers(Rng);
-
-impl Transfers {
-    fn next_transfer(&mut self) -> (usize, usize, i64) {
-        let from = self.0.below(ACCOUNTS as u64) as usize;
-        let to = (from + 1 + self.0.below(ACCOUNTS as u64 - 1) as usize) % ACCOUNTS;
-        (from, to, self.0.below(50) as i64 + 1)
-    }
-}
-
-/// An account as it stands in its file: the balance, and the number of the last transfer that touched it.
-type Account = (i64, u64);
-
-fn account_path(root: &Path, account: usize) -> PathBuf {
-    root.join(format!("account{account}"))
-}
-
-fn write_numbers(file: &File, numbers: [u64; 2]) {
-    let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-    file.write_all_at(&bytes, 0).unwrap();
-}
-
-fn read_numbers(path: &Path) -> [u64; 2] {
-    let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    assert_eq!(bytes.len(), 16, "{} is torn", path.display());
-    [0, 8].map(|at| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()))
-}
 
 /// Writes n to A, then n to B, for ever; the second volume takes part at full speed, slowly, or not at all, by turns.
 fn write_pairs(pair: &Pair, stop: &AtomicBool) -> u64 {
@@ -70,14 +40,14 @@ fn write_pairs(pair: &Pair, stop: &AtomicBool) -> u64 {
         if turn != 2 {
             for ab in &across {
                 for file in ab {
-                    write_numbers(file, [n, !n]);
+                    write_numbers(file, [n, !n]).unwrap();
                 }
             }
         }
         if turn == 1 {
             std::thread::sleep(Duration::from_millis(15));
         }
-        within.iter().for_each(|file| write_numbers(file, [n, !n]));
+        within.iter().for_each(|file| write_numbers(file, [n, !n]).unwrap());
         n += 1;
     }
     n
@@ -96,61 +66,10 @@ fn move_money(root: &Path, seed: u64, stop: &AtomicBool) -> u64 {
         let (from, to, amount) = transfers.next_transfer();
         balances[from] -= amount;
         balances[to] += amount;
-        write_numbers(&files[from], [balances[from] as u64, n]);
-        write_numbers(&files[to], [balances[to] as u64, n]);
+        write_numbers(&files[from], [balances[from] as u64, n]).unwrap();
+        write_numbers(&files[to], [balances[to] as u64, n]).unwrap();
     }
     n
-}
-
-/// Follows the transfers up to what a sample shows.
-struct Auditor {
-    transfers: Transfers,
-    /// All accounts after `done` transfers; the samples so far show no transfer after `done + 1`.
-    accounts: [Account; ACCOUNTS],
-    done: u64,
-    next: (usize, usize, i64),
-}
-
-impl Auditor {
-    fn new(seed: u64) -> Self {
-        let mut transfers = Transfers(Rng(seed));
-        let next = transfers.next_transfer();
-        Self { transfers, accounts: [(START_BALANCE, 0); ACCOUNTS], done: 0, next }
-    }
-
-    fn debit(&self) -> [Account; ACCOUNTS] {
-        let (from, _, amount) = self.next;
-        let mut accounts = self.accounts;
-        accounts[from] = (accounts[from].0 - amount, self.done + 1);
-        accounts
-    }
-
-    fn debit_and_credit(&self) -> [Account; ACCOUNTS] {
-        let (_, to, amount) = self.next;
-        let mut accounts = self.debit();
-        accounts[to] = (accounts[to].0 + amount, self.done + 1);
-        accounts
-    }
-
-    /// What is wrong with a sample, if anything: it must be the state after some transfer, or between a debit and its
-    /// credit, and not before that of an earlier sample.
-    fn check(&mut self, seen: &[Account; ACCOUNTS]) -> Option<String> {
-        let last = seen.iter().map(|account| account.1).max().unwrap_or(0);
-        while self.done + 1 < last {
-            self.accounts = self.debit_and_credit();
-            self.done += 1;
-            self.next = self.transfers.next_transfer();
-        }
-        let right = match last > self.done {
-            true => *seen == self.debit() || *seen == self.debit_and_credit(),
-            false => self.done == 0 && *seen == self.accounts,
-        };
-        (!right).then(|| {
-            let sum: i64 = seen.iter().map(|account| account.0).sum();
-            let expected = self.debit_and_credit();
-            format!("transfer {last}: the sum is {sum}; seen {seen:?}, expected {expected:?}")
-        })
-    }
 }
 
 #[derive(Debug, Default)]
@@ -171,9 +90,9 @@ fn read_view(pair: &Pair, seed: u64, enough: impl Fn(&Outcome) -> bool) -> Outco
     while !enough(&outcome) {
         let sample = sampler.sample(|| {
             let pairs: Vec<[u64; 2]> =
-                pairs.iter().map(|ab| [0, 1].map(|at| read_numbers(&ab[at])[0])).collect();
+                pairs.iter().map(|ab| [0, 1].map(|at| read_numbers(&ab[at]).unwrap()[0])).collect();
             let accounts: [Account; ACCOUNTS] = std::array::from_fn(|account| {
-                let [balance, n] = read_numbers(&account_path(&pair.view("one"), account));
+                let [balance, n] = read_numbers(&account_path(&pair.view("one"), account)).unwrap();
                 (balance as i64, n)
             });
             (pairs, accounts)
@@ -209,11 +128,11 @@ fn prepared(by_arrival: bool) -> Pair {
     let volumes = vec![("one", "src1"), ("two", "src2")];
     let mut pair = Pair::start(Setup { volumes, env, ..Setup::default() });
     for (volume, name) in ACROSS.iter().chain([&WITHIN]).flatten() {
-        write_numbers(&File::create(pair.mount(volume).join(name)).unwrap(), [0, !0]);
+        write_numbers(&File::create(pair.mount(volume).join(name)).unwrap(), [0, !0]).unwrap();
     }
     for account in 0..ACCOUNTS {
         let file = File::create(account_path(&pair.mount("one"), account)).unwrap();
-        write_numbers(&file, [START_BALANCE as u64, 0]);
+        write_numbers(&file, [START_BALANCE as u64, 0]).unwrap();
     }
     pair.wait_caught_up();
     // The files are there, whatever becomes of the order from now on.

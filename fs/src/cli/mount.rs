@@ -95,6 +95,7 @@ impl Mount {
         }
         daemon::begin();
         daemon::start_logging();
+        twinfs_replicator::failpoint::arm()?;
         primary::run(
             PrimaryArguments {
                 site: self.site.dir(),

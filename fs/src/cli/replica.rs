@@ -46,6 +46,7 @@ impl Replica {
         }
         daemon::begin();
         daemon::start_logging();
+        twinfs_replicator::failpoint::arm()?;
         let arguments = ReplicaArguments {
             site: self.site.dir(),
             mountpoint,

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use twinfs_core::id::FileId;
 use twinfs_core::limits;
 use twinfs_core::update::{AttrList, Intent, Kind, Op};
+use twinfs_replicator::failpoint::{self, FailPoint};
 
 use super::state::{CopyState, Item, WHOLE};
 use super::{CopyRoom, Room};
@@ -126,6 +127,7 @@ impl Worker {
         if self.object(target, &opened)? == Life::Gone {
             return Ok(Life::Gone);
         }
+        failpoint::pass(FailPoint::CopierObject);
         self.mirror.copy_xattrs(target)?;
         match kind {
             Kind::File => self.content(target, &opened),
@@ -246,6 +248,7 @@ impl Worker {
     /// Ends the copy if nothing is left to be copied. Returns whether it is complete.
     pub(super) fn complete(&self) -> Step<bool> {
         let pending = self.reserve(&Intent::Attrs { file: self.state.root() }, 0, 0)?;
+        failpoint::pass(FailPoint::CopierComplete);
         match self.state.complete(|| pending.publish(Op::Complete, AttrList::new(), &[]).is_some()) {
             None => Ok(false),
             Some(true) => {

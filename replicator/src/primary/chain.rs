@@ -12,6 +12,7 @@ use twinfs_core::stamp::{Stamp, Timestamp};
 use twinfs_core::update::{OpKind, encoded_kind};
 
 use super::sidefile::{Capture, Captured, Cut};
+use crate::failpoint::{self, FailPoint};
 
 /// Where a file stands, for the file tables of record sets: names are hints for people.
 pub trait PathHints: Send + Sync + 'static {
@@ -135,6 +136,7 @@ impl SetMaker {
         sender: &mut Sender<Bytes>,
         hints: &dyn PathHints,
     ) -> Result<SetNumber, BadCapture> {
+        failpoint::pass(FailPoint::Cut);
         let files: Vec<FileId> = self.builder.files().collect();
         for file in files {
             self.builder.add_path(file, &hints.path_of(volume, file));
@@ -154,6 +156,7 @@ impl SetMaker {
         };
         capture.note_set(updates, issued.number, issued.hash, end);
         sender.handle_issued(volume, issued).expect("the place in the chain came from the sender");
+        failpoint::pass(FailPoint::Issued);
         Ok(set.header.number)
     }
 

@@ -23,6 +23,7 @@ use twinfs_core::wire::{Message, PromoteReady, Refuse, RefuseCode, Text};
 use super::chain::{PathHints, Rooms, SetMaker, SetVolume};
 use super::link::{self, HoldBack, Input, Outbox};
 use super::sidefile::{Capture, Captured, Overflow};
+use crate::failpoint::{self, FailPoint};
 use crate::status::{PeerStatus, Status, VolumeStatus, age_seconds};
 use crate::transport::{CloseCode, Link};
 
@@ -328,6 +329,7 @@ impl Mover {
             Message::Refuse(refuse) => self.refused(&refuse),
             Message::Ack(ack) => {
                 self.sender.handle_ack(ack).map_err(|error| error.to_string())?;
+                failpoint::pass(FailPoint::Acknowledged);
                 self.release();
             }
             Message::Progress(progress) => self.sender.handle_progress(progress),

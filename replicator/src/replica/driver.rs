@@ -28,6 +28,7 @@ use super::journal::{Commit, CommitBase, CommitVolume, Journal, JournalConfig, J
 use super::recovery::{self, Journaled, RecoveryError, Tracked, data_ref};
 use super::takeover::Takeover;
 pub use super::takeover::{PromoteMode, Promoted};
+use crate::failpoint::{self, FailPoint};
 use crate::primary::clock::Reading;
 use crate::site::{ReceivedVolume, SiteDir, SiteError, State};
 use crate::status::{PeerStatus, Status, VolumeStatus, age_seconds};
@@ -80,6 +81,20 @@ pub struct ReplicaConfig {
     pub free_space_floor: u64,
     /// How groups are formed: only tests have a reason not to take the default.
     pub ordering: Ordering,
+}
+
+/// A test hook: `TWINFS_TEST_SEGMENT_BYTES` makes segments small, so that some are made and trimmed in a short test.
+fn journal_config() -> JournalConfig {
+    let default = JournalConfig::default();
+    let segment_bytes = failpoint::test_number("TWINFS_TEST_SEGMENT_BYTES").unwrap_or(default.segment_bytes);
+    JournalConfig { segment_bytes, ..default }
+}
+
+/// A test hook: `TWINFS_TEST_CHECKPOINT_MS` makes checkpoints frequent, so that crashes fall into many of them.
+fn image_options() -> ImageOptions {
+    let default = ImageOptions::default();
+    let interval = failpoint::test_number("TWINFS_TEST_CHECKPOINT_MS").map(Duration::from_millis);
+    ImageOptions { checkpoint_interval: interval.unwrap_or(default.checkpoint_interval), ..default }
 }
 
 /// A running replica session.
@@ -275,7 +290,7 @@ impl Driver {
         shared: Arc<Shared>,
     ) -> Result<Self, StartError> {
         let ReplicaConfig { site, state, ordering, free_space_floor, identity, .. } = config;
-        let journal_config = JournalConfig { floor_bytes: free_space_floor, ..JournalConfig::default() };
+        let journal_config = JournalConfig { floor_bytes: free_space_floor, ..journal_config() };
         let opened = match state.session {
             Some(session) => {
                 let storage = Arc::new(RealStorage::open(&site.journal())?);
@@ -285,7 +300,7 @@ impl Driver {
         };
         let (journal, recovery) = opened.unzip();
         let data = Arc::new(JournalData(Mutex::new(journal.as_ref().map(Journal::reader))));
-        let image = Arc::new(Image::open(site.path(), Arc::clone(&data) as _, ImageOptions::default())?);
+        let image = Arc::new(Image::open(site.path(), Arc::clone(&data) as _, image_options())?);
         let image_index = state
             .received
             .iter()
@@ -565,6 +580,7 @@ impl Driver {
             *lock(&self.data.0) = Some(journal.reader());
             self.journal = Some(journal);
         }
+        failpoint::pass(FailPoint::Adopted);
         Ok(())
     }
 
@@ -661,6 +677,7 @@ impl Driver {
                 Ok(at) => at,
                 Err(error) => return self.journal_failed(&error),
             };
+            failpoint::pass(FailPoint::Appended);
             let (volume, number) = (waiting.volume, waiting.number);
             let journaled =
                 Journaled { hash: waiting.hash, last_seq: waiting.last_seq, end: waiting.end, at };
@@ -705,6 +722,7 @@ impl Driver {
                 {
                     return self.journal_failed(&error);
                 }
+                failpoint::pass(FailPoint::CommitAppended);
             }
             if let Some(journal) = &mut self.journal
                 && let Err(error) = journal.sync()
@@ -712,6 +730,7 @@ impl Driver {
                 return self.journal_failed(&error);
             }
             for (volume, number) in std::mem::take(&mut self.appended) {
+                failpoint::pass(FailPoint::Synced);
                 self.receiver.handle_durable(volume, number).expect("it was appended");
             }
             let plan = self.planned.take();
@@ -722,6 +741,9 @@ impl Driver {
                 tracing::error!(%error, "a committed group cannot be shown; the view stays as it is");
                 self.trouble = Some((error.to_string(), true));
                 return;
+            }
+            if more {
+                failpoint::pass(FailPoint::Shown);
             }
             self.answer();
             if !more {
@@ -774,6 +796,7 @@ impl Driver {
         if self.image.memory_bytes() > 2 * limits::DELTA_BYTES_DEFAULT {
             self.wait_for_checkpoint();
         }
+        failpoint::pass(FailPoint::Committed);
         let mut group = Group { number: plan.number, time: plan.time, ..Group::default() };
         for volume in &plan.volumes {
             let updates = volume.sets.iter().flat_map(|set| {
@@ -841,9 +864,11 @@ impl Driver {
         }
         let Some(journal) = &mut self.journal else { return };
         let oldest = self.tracked.iter().flat_map(|tracked| tracked.sets.values()).map(|set| set.at).min();
+        failpoint::pass(FailPoint::Trimming);
         if let Err(error) = journal.trim(oldest.unwrap_or(journal.end())) {
             tracing::error!(%error, "the journal could not be trimmed");
         }
+        failpoint::pass(FailPoint::Trimmed);
     }
 
     // ---- status ----

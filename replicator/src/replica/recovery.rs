@@ -14,6 +14,7 @@ use twinfs_core::update::Update;
 
 use super::image::{Group, Image, ImageError};
 use super::journal::{Commit, CommitVolume, JournalError, Recovered, Recovery, Withdrawn};
+use crate::failpoint::{self, FailPoint};
 use crate::site::State;
 
 /// Why a replica cannot start from what it has.
@@ -231,6 +232,7 @@ impl Replay<'_> {
         // A group that the checkpoint has already must not move the view back.
         if commit.group > self.image.checkpointed().group {
             self.image.apply_group(&group)?;
+            failpoint::pass(FailPoint::Replayed);
             if self.image.checkpoint_due() {
                 self.image.checkpoint()?;
             }

@@ -55,6 +55,7 @@ use self::layout::{
 };
 pub use self::survivors::{LeftIntent, SurvivingChain, Survivors};
 use super::clock::{Reading, StampClock};
+use crate::failpoint::{self, FailPoint};
 use crate::sys::map::{SharedMap, WORD};
 
 /// Why a sidefile cannot be used.
@@ -550,6 +551,7 @@ impl Capture {
         let begin = self.ring_at + (at % self.ring_bytes as u64) as usize;
         self.map.copy_in(begin, &intent_bytes);
         words[0].store(SlotState::word(INTENT, volume, false), Ordering::Release);
+        failpoint::pass(FailPoint::Reserved);
         Room { slot, note_at: (note > 0).then_some(begin + intent), at: begin + skip, bytes: update }
     }
 

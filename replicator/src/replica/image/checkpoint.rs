@@ -30,6 +30,7 @@ use super::ImageError;
 use super::files::{Child, Local, NewObject, Place, Stat, TreeStore};
 use super::handle::Handle;
 use super::view::{OpenFile, Preimages, Shared};
+use crate::failpoint::{self, FailPoint};
 
 /// Names in staging that are no FileIds: earlier content, and objects that nobody needs.
 pub(super) const PREIMAGE: &str = "preimage-";
@@ -171,18 +172,24 @@ impl<'a> VolumeCheckpoint<'a> {
         for (file, object) in self.delta.objects() {
             if object.content_changed() && self.has_object(file, object) {
                 self.write_content(file, object, preimages.get(&file))?;
+                failpoint::pass(FailPoint::CheckpointContent);
             }
         }
+        failpoint::pass(FailPoint::CheckpointContents);
         let bindings = self.detach_all()?;
+        failpoint::pass(FailPoint::CheckpointDetached);
         for binding in &bindings {
             self.attach(binding)?;
+            failpoint::pass(FailPoint::CheckpointAttach);
         }
         for (file, object) in self.delta.objects() {
             if self.has_object(file, object) {
                 self.set_attributes(file, object)?;
             }
         }
+        failpoint::pass(FailPoint::CheckpointAttributes);
         self.empty_staging(preimages)?;
+        failpoint::pass(FailPoint::CheckpointEmptied);
         for (file, object) in self.delta.objects().filter(|(_, object)| !object.is_gone()) {
             if let Some(attr) = object.attr().filter(|attr| attr.kind() == Some(Kind::Dir))
                 && let Some(dir) = self.local(file)?
@@ -190,6 +197,7 @@ impl<'a> VolumeCheckpoint<'a> {
                 self.store.set_mtime(&dir.handle, attr.mtime_s, attr.mtime_ns)?;
             }
         }
+        failpoint::pass(FailPoint::CheckpointUnsynced);
         Ok(self.store.sync()?)
     }
 

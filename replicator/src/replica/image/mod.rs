@@ -45,6 +45,7 @@ use self::files::{Local, Place, TreeStore};
 use self::linux::{LinuxTree, OpenObjects};
 use self::table::{Changes, Table, TableError, TreeState, VolumeState};
 use self::view::{Alive, DataSource, OpenFiles, Preimages, Shared, View, VolumeView};
+use crate::failpoint::{self, FailPoint};
 
 /// Why the image could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -380,6 +381,7 @@ impl Image {
             earlier.extend(attributes.map(|(file, update)| (volume.name.clone(), file, update)));
             runs.push(run.pause());
         }
+        failpoint::pass(FailPoint::CheckpointPrepared);
         // Durable before the first change to anything that shows, see `table`.
         self.shared.table.commit(&Changes {
             put: &prepared.new,
@@ -388,6 +390,7 @@ impl Image {
             started: Some(&target),
             ..Changes::default()
         })?;
+        failpoint::pass(FailPoint::CheckpointStarted);
         let serial = self.mask(&mut frozen, &earlier, &prepared.preimages);
         self.shared.alive.wait_for(serial);
 
@@ -396,13 +399,16 @@ impl Image {
             let mut run = VolumeCheckpoint::resume(run, &self.shared, &volume.store, &volume.delta);
             run.write(&volume.preimages)?;
             gone.extend(run.gone()?);
+            failpoint::pass(FailPoint::CheckpointSynced);
         }
+        failpoint::pass(FailPoint::CheckpointWritten);
         self.shared.table.commit(&Changes {
             remove: &gone,
             clear_earlier: true,
             tree: Some(&target),
             ..Changes::default()
         })?;
+        failpoint::pass(FailPoint::CheckpointDone);
         let serial = self.thaw(&target);
         // From here on nobody asks for earlier content, nor for what stands in the journal up to here.
         self.shared.alive.wait_for(serial);

@@ -100,6 +100,7 @@ pub use recovery::{Recovered, Recovery};
 pub use segment::{SEGMENT_MAGIC, SEGMENT_VERSION};
 pub use withdrawn::Withdrawn;
 
+use crate::failpoint::{self, FailPoint};
 use crate::storage::{Operation, Storage, StorageError};
 use entry::{EntryHeader, EntryKind, EntryNumber, entry_len, padding, payload_sum};
 use reader::Table;
@@ -512,6 +513,7 @@ impl Journal {
             self.next = header.first_entry;
             return Err(self.give_up_segment(header.number, error));
         }
+        failpoint::pass(FailPoint::SegmentNamed);
         self.stats.segments_made += 1;
         self.segments.insert(header.number, Arc::clone(&segment));
         self.table.set(self.segments.clone());
@@ -529,6 +531,7 @@ impl Journal {
         self.stats.written_bytes += start.len() as u64;
         self.stats.syncs += 1;
         let number = segment.number();
+        failpoint::pass(FailPoint::SegmentWritten);
         self.storage.rename(&new_segment_name(number), &segment_name(number))?;
         self.storage.sync_dir()
     }
