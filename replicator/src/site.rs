@@ -10,6 +10,7 @@
 //!   copy/VOLUME         primary: where a stopped initial copy goes on
 //!   journal/            replica: record sets as received
 //!   image/              replica: the plain trees
+//!   loss/EPOCH/         promoted site: what the promote gave up
 //!   control.sock        0600; what `status`, `promote` and the others talk to
 //!   identity/, authority/   see the crate `certs`
 //! ```

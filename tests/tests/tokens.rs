@@ -51,3 +51,31 @@ fn a_token_arrives_while_64_mib_of_earlier_data_are_unsent() {
     assert_eq!(pair.number("chi", "tokens_held"), 0.0, "each token met its data");
     pair.assert_plain_trees();
 }
+
+/// A single large write on an idle link is in a record set at once, and that takes long to arrive.
+#[test]
+fn a_token_arrives_although_its_update_is_in_the_only_set_in_flight() {
+    let mut pair = Pair::start(Setup { relay: true, ..Setup::default() });
+    let file = File::create(pair.mount("data").join("file")).unwrap();
+    pair.wait_caught_up();
+    pair.relay().set(Link { bandwidth: Some(32 << 10), ..Link::default() });
+    let sent_before = pair.relay().bytes_to_target();
+    let mut random = Rng(2);
+    // One update, in one set.
+    let mut block = vec![0; MIB as usize / 2];
+    block.chunks_mut(8).for_each(|word| word.copy_from_slice(&random.next_u64().to_le_bytes()));
+    file.write_all_at(&block, 0).unwrap();
+    wait_for("the token of the write", || {
+        let held = pair.number("chi", "tokens_held");
+        let sent = pair.relay().bytes_to_target() - sent_before;
+        assert!(sent < MIB / 4, "{held} tokens are held when {sent} bytes were sent");
+        (held > 0.0).then_some(())
+    });
+    // A replica that is started anew has forgotten it, and hears of it again.
+    pair.replica.take().unwrap().kill();
+    pair.start_replica();
+    wait_for("the token again", || (pair.number("chi", "tokens_held") > 0.0).then_some(()));
+    pair.relay().set(Link::default());
+    pair.assert_converged();
+    assert_eq!(pair.number("chi", "tokens_held"), 0.0, "the token met its data");
+}

@@ -7,6 +7,7 @@ mod daemon;
 mod demo;
 mod identity;
 mod inspect;
+mod loss;
 mod mount;
 mod promote;
 mod replica;
@@ -44,6 +45,8 @@ enum Command {
     Status(status::StatusCommand),
     /// Make this replica the primary
     Promote(promote::Promote),
+    /// Print what the last promote of this site gave up
+    Loss(loss::Loss),
     /// Print a record set or a journal segment for a person
     Inspect(inspect::Inspect),
     /// Show two sites on this machine, end to end, in under a minute
@@ -77,6 +80,7 @@ pub fn run() -> ExitCode {
         Command::Replica(command) => command.run(),
         Command::Status(command) => command.run(),
         Command::Promote(command) => command.run(),
+        Command::Loss(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Demo(command) => command.run(),
     };

@@ -13,6 +13,7 @@
 //! * [`wire`] – the other messages that sites exchange.
 //! * [`session`] – the state machines of both ends: handshake, sender, receiver.
 //! * [`delta`] – the net effect of a run of updates; what the replica's view is made of.
+//! * [`loss`] – what a promote without the primary gives up.
 //! * [`model`] – a naive file system tree, the oracle of the tests.
 #![forbid(unsafe_code)]
 
@@ -20,6 +21,7 @@ pub mod delta;
 pub mod format;
 pub mod id;
 pub mod limits;
+pub mod loss;
 pub mod model;
 pub mod record_set;
 pub mod session;

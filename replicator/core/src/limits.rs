@@ -245,3 +245,17 @@ const _: () = {
 pub const COPY_ROOM_WAIT_MS: u64 = 100;
 /// Pause of a copy after an object that could not be read, in milliseconds.
 pub const COPY_RETRY_MS: u64 = 1_000;
+
+// ---- the loss report ----
+
+/// Lost updates that a promote prints; `twinfs loss` prints all.
+pub const LOSS_LINES_SHOWN: usize = 20;
+/// Gaps between known updates that a report names one by one; it counts all.
+pub const LOSS_GAPS_LISTED_MAX: usize = 1000;
+/// Longest time that a promote looks in the last group for the paths of files with lost updates, in nanoseconds. Files
+/// that were not found by then are named by their FileIds.
+pub const LOSS_WALK_NS_MAX: u64 = 3_000_000_000;
+/// Room that a kept report leaves on its file system, in bytes: the new epoch and a sidefile must find a place.
+pub const LOSS_FREE_BYTES_MIN: u64 = 8 << 20;
+/// Longest line of a kept report, in bytes: two paths, each as text, where a byte may take six, and in digits.
+pub const LOSS_LINE_BYTES_MAX: usize = 2 * 8 * (PATH_HINT_BYTES_MAX + 2 * NAME_BYTES_MAX) + 4096;

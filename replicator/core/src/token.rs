@@ -18,6 +18,9 @@
 //!     17     20    file, unless the operation is about the whole volume
 //!      …     16    offset and length, of an operation on content
 //!      …  1 + n    length of the name, and the name, of an operation on names or extended attributes
+//!      …     20    what the name stands for, of an operation on names
+//!      … 20 + 1 + n    directory of the second name, length of that name, and the name, of a rename or an exchange
+//!      …     20    what the second name stands for, of an exchange
 //! ```
 
 use crate::id::{FileId, VolumeName};
@@ -41,6 +44,21 @@ pub struct Token {
     pub range: (u64, u64),
     /// The first name, for operations on names; empty otherwise.
     pub name: Box<[u8]>,
+    /// What the first name stands for, for operations on names (before a rename or an exchange).
+    pub child: Option<FileId>,
+    /// The second name, for a rename and an exchange.
+    pub to: Option<Box<SecondName>>,
+}
+
+/// Where a name moves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SecondName {
+    /// The directory.
+    pub dir: FileId,
+    /// The name.
+    pub name: Box<[u8]>,
+    /// What it stood for, if that changes places with the first.
+    pub other: Option<FileId>,
 }
 
 impl Token {
@@ -66,13 +84,29 @@ impl Token {
             | Op::RemoveXattr { name, .. } => name.as_ref(),
             _ => &[],
         };
-        Self {
-            stamp: update.stamp,
-            op: update.op.kind(),
-            file: update.op.files()[0],
-            range,
-            name: name.into(),
-        }
+        let second = |dir: FileId, name: &B, other| {
+            Some(Box::new(SecondName { dir, name: name.as_ref().into(), other }))
+        };
+        let (child, to) = match &update.op {
+            Op::Create { file, .. }
+            | Op::Link { file, .. }
+            | Op::Unlink { file, .. }
+            | Op::Bind { file, .. } => (Some(*file), None),
+            Op::Rename { to_dir, to, file, .. } => (Some(*file), second(*to_dir, to, None)),
+            Op::Exchange { a_file, b_dir, b, b_file, .. } => {
+                (Some(*a_file), second(*b_dir, b, Some(*b_file)))
+            }
+            _ => (None, None),
+        };
+        let (op, file) = (update.op.kind(), update.op.files()[0]);
+        Self { stamp: update.stamp, op, file, range, name: name.into(), child, to }
+    }
+
+    /// Every file that it names.
+    #[must_use]
+    pub fn files(&self) -> [Option<FileId>; 4] {
+        let to = self.to.as_deref();
+        [self.file, self.child, to.map(|to| to.dir), to.and_then(|to| to.other)]
     }
 }
 
@@ -182,6 +216,22 @@ const fn has_range_and_name(op: OpKind) -> (bool, bool) {
     }
 }
 
+/// How many objects and names an operation on names has besides the first name: what that stands for, the second name,
+/// what that stands for.
+const fn has_child_and_second(op: OpKind) -> (bool, bool, bool) {
+    match op {
+        OpKind::Create | OpKind::Link | OpKind::Unlink | OpKind::Bind => (true, false, false),
+        OpKind::Rename => (true, true, false),
+        OpKind::Exchange => (true, true, true),
+        _ => (false, false, false),
+    }
+}
+
+fn put_name(out: &mut Vec<u8>, name: &[u8]) {
+    out.push(u8::try_from(name.len()).expect("names are at most NAME_BYTES_MAX long"));
+    out.extend_from_slice(name);
+}
+
 impl Token {
     fn encode(&self, out: &mut Vec<u8>) {
         out.push(self.op as u8);
@@ -196,20 +246,24 @@ impl Token {
             out.extend_from_slice(&self.range.1.to_le_bytes());
         }
         if has_name {
-            out.push(u8::try_from(self.name.len()).expect("names are at most NAME_BYTES_MAX long"));
-            out.extend_from_slice(&self.name);
+            put_name(out, &self.name);
+        }
+        if let Some(child) = self.child {
+            out.extend_from_slice(&child.to_bytes());
+        }
+        if let Some(to) = &self.to {
+            out.extend_from_slice(&to.dir.to_bytes());
+            put_name(out, &to.name);
+            if let Some(other) = to.other {
+                out.extend_from_slice(&other.to_bytes());
+            }
         }
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, BadTokens> {
         let op = OpKind::from_u8(reader.u8()?).ok_or(reader.bad("unknown operation"))?;
         let stamp = Stamp { time: Timestamp(reader.u64()?), seq: Seq(reader.u64()?) };
-        let file = if op == OpKind::Complete {
-            None
-        } else {
-            let bytes = reader.array()?;
-            Some(FileId::from_bytes(&bytes).ok_or(reader.bad("a file of no volume instance"))?)
-        };
+        let file = if op == OpKind::Complete { None } else { Some(reader.file()?) };
         let (has_range, has_name) = has_range_and_name(op);
         let range = if has_range { (reader.u64()?, reader.u64()?) } else { (0, 0) };
         if range.0.checked_add(range.1).is_none_or(|end| end > limits::FILE_BYTES_MAX) {
@@ -225,7 +279,23 @@ impl Token {
         if !good {
             return Err(reader.bad("not a plain name"));
         }
-        Ok(Self { stamp, op, file, range, name: name.into() })
+        let (has_child, has_second, has_other) = has_child_and_second(op);
+        let child = if has_child { Some(reader.file()?) } else { None };
+        let to = if has_second { Some(Box::new(SecondName::decode(reader, has_other)?)) } else { None };
+        Ok(Self { stamp, op, file, range, name: name.into(), child, to })
+    }
+}
+
+impl SecondName {
+    fn decode(reader: &mut Reader<'_>, has_other: bool) -> Result<Self, BadTokens> {
+        let dir = reader.file()?;
+        let len = usize::from(reader.u8()?);
+        let name = reader.slice(len)?;
+        if !is_file_name(name) {
+            return Err(reader.bad("not a plain name"));
+        }
+        let other = if has_other { Some(reader.file()?) } else { None };
+        Ok(Self { dir, name: name.into(), other })
     }
 }
 
@@ -250,6 +320,11 @@ impl<'a> Reader<'a> {
         let (head, tail) = self.bytes.split_at_checked(len).ok_or(self.bad("it ends too early"))?;
         self.bytes = tail;
         Ok(head)
+    }
+
+    fn file(&mut self) -> Result<FileId, BadTokens> {
+        let bytes = self.array()?;
+        FileId::from_bytes(&bytes).ok_or(self.bad("a file of no volume instance"))
     }
 
     fn u8(&mut self) -> Result<u8, BadTokens> {

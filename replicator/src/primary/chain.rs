@@ -91,9 +91,11 @@ impl SetMaker {
             let mine = |captured: &&Captured| captured.volume == index;
             let updates: Vec<Captured> = cut.updates.iter().filter(mine).copied().collect();
             if updates.is_empty() {
-                let place = sender.null_link(index).expect("the sender has the same volumes");
-                nulls.push(self.builder.finish(self.place(index, place, cut.end), 0)?.bytes);
-                sender.handle_null_issued(index, cut.end).expect("the sender has the same volumes");
+                let known = sender.null_link(index).expect("the sender has the same volumes").start;
+                // A cut by size may end before an instant up to which an idle volume was vouched for.
+                if known <= cut.end {
+                    nulls.push(self.null(sender, index, cut.end)?);
+                }
                 continue;
             }
             let mut from = 0;
@@ -123,6 +125,22 @@ impl SetMaker {
             }
         }
         Ok(nulls)
+    }
+
+    /// A null set: every update of the volume up to `end` is in the sets before it.
+    ///
+    /// # Errors
+    /// [`BadCapture`], of a volume whose header is too large.
+    pub fn null(
+        &mut self,
+        sender: &mut Sender<Bytes>,
+        volume: VolumeIndex,
+        end: Timestamp,
+    ) -> Result<Bytes, BadCapture> {
+        let place = sender.null_link(volume).expect("the sender has the same volumes");
+        let set = self.builder.finish(self.place(volume, place, end), 0)?;
+        sender.handle_null_issued(volume, end).expect("the sender has the same volumes");
+        Ok(set.bytes)
     }
 
     #[expect(clippy::too_many_arguments, reason = "all that a set is made of")]

@@ -50,9 +50,9 @@ impl Outbox {
         self.messages.capacity() > limits::OUTBOX_MESSAGES_MAX / 2
     }
 
-    /// Queues a batch of tokens, if there is room.
-    pub(super) fn tokens(&self, batch: Vec<u8>) {
-        drop(self.messages.try_send(Outgoing::Tokens(batch.into())));
+    /// Queues a batch of tokens. Returns whether there was room.
+    pub(super) fn tokens(&self, batch: Vec<u8>) -> bool {
+        self.messages.try_send(Outgoing::Tokens(batch.into())).is_ok()
     }
 
     /// Queues a record set. The mover keeps the number of sets in flight within bounds.

@@ -34,6 +34,9 @@ const STATUS_PERIOD: Duration = Duration::from_millis(20);
 /// How soon write tokens follow the updates that cannot be shipped at once.
 const TOKEN_DELAY: Duration = Duration::from_millis(5);
 
+/// Bytes of updates that leave at once, in one packet, when nothing is in flight: their tokens would not be sooner.
+const PACKET_BYTES: usize = 1024;
+
 /// Where the replica is.
 #[derive(Debug, Clone)]
 pub struct Replica {
@@ -166,6 +169,8 @@ impl Primary {
             promote: None,
             encoded: Vec::new(),
             rooms,
+            tokened: Timestamp::ZERO,
+            vouched: Timestamp::ZERO,
             published: None,
         };
         let thread = std::thread::Builder::new().name("mover".into()).spawn(move || mover.run())?;
@@ -234,6 +239,10 @@ struct Mover {
     promote: Option<Handover>,
     encoded: Vec<u8>,
     rooms: Rooms,
+    /// The replica was sent the tokens of everything that it lacks and that was stamped up to here.
+    tokened: Timestamp,
+    /// When idle volumes were vouched for, beside the cuts.
+    vouched: Timestamp,
     published: Option<Instant>,
 }
 
@@ -325,6 +334,8 @@ impl Mover {
                 self.last_error = None;
                 self.capture.set_link_up(true);
                 self.release();
+                // What was on its way may be lost, and a replica that was started anew remembers no tokens.
+                self.tokened = Timestamp::ZERO;
             }
             Message::Refuse(refuse) => self.refused(&refuse),
             Message::Ack(ack) => {
@@ -400,10 +411,15 @@ impl Mover {
             if !due {
                 break;
             }
-            if !self.sender.is_idle() {
+            let is_idle = self.sender.is_idle();
+            if !is_idle || queued_bytes > PACKET_BYTES {
                 self.send_tokens();
             }
             let cut = self.capture.cut(limits::SET_RAW_BYTES_TARGET);
+            // More may have come in the meantime; its tokens follow.
+            if is_idle && cut.updates.iter().map(Captured::bytes).sum::<usize>() <= PACKET_BYTES {
+                self.tokened = self.tokened.max(cut.end);
+            }
             let nulls =
                 self.maker.issue(&self.capture, &mut self.sender, &mut self.rooms, &cut, &*self.files)?;
             self.sender.handle_cut(cut.end, cut.updates.is_empty());
@@ -416,6 +432,23 @@ impl Mover {
             }
         }
         self.transmit();
+        self.vouch_for_idle_volumes()
+    }
+
+    /// While the window is full no interval ends. Volumes that write nothing say so all the same: otherwise a loss report
+    /// could not tell that nothing of theirs is lost.
+    fn vouch_for_idle_volumes(&mut self) -> Result<(), super::chain::BadCapture> {
+        let now = self.capture.now();
+        let sends = self.sender.is_connected() && self.sender.suspended().is_none();
+        if !sends || self.may_issue() || now.ns_since(self.vouched) < limits::INTERVAL_NS {
+            return Ok(());
+        }
+        self.vouched = now;
+        let (end, idle) = self.capture.idle_volumes();
+        for volume in idle {
+            let null = self.maker.null(&mut self.sender, volume, end)?;
+            self.say(Message::NullSet(null));
+        }
         Ok(())
     }
 
@@ -449,24 +482,50 @@ impl Mover {
         }
     }
 
-    /// Sends write tokens for what is captured and cannot be shipped at once: the replica shall know of it.
+    /// Sends write tokens for what the replica lacks, whether it is in sets or not: those may wait long for the link, and
+    /// the replica shall know of it.
     fn send_tokens(&mut self) {
-        let welcomed = |connection: &&Connection| connection.welcomed && connection.outbox.takes_tokens();
-        let Some(connection) = self.connection.as_ref().filter(welcomed) else { return };
-        let captured = self.capture.take_untokened(limits::TOKEN_BATCH_MAX);
-        for (at, volume) in self.volumes.iter().enumerate() {
-            let mut tokens = Vec::new();
-            for captured in captured.iter().filter(|captured| captured.volume.as_usize() == at) {
-                tokens.extend(token_of(&self.capture, captured, &mut self.encoded));
+        loop {
+            let welcomed = |connection: &&Connection| connection.welcomed && connection.outbox.takes_tokens();
+            let Some(connection) = self.connection.as_ref().filter(welcomed) else { return };
+            let captured = self.untokened();
+            let Some(last) = captured.last() else { return };
+            for (at, volume) in self.volumes.iter().enumerate() {
+                let mut tokens = Vec::new();
+                for captured in captured.iter().filter(|captured| captured.volume.as_usize() == at) {
+                    tokens.extend(token_of(&self.capture, captured, &mut self.encoded));
+                }
+                let mut rest = &tokens[..];
+                while !rest.is_empty() {
+                    let mut batch = Vec::new();
+                    let taken = encode_batch(&volume.name, rest, &mut batch);
+                    if !connection.outbox.tokens(batch) {
+                        // All of them are sent again; the replica drops those that it has.
+                        return;
+                    }
+                    rest = &rest[taken.max(1)..];
+                }
             }
-            let mut rest = &tokens[..];
-            while !rest.is_empty() {
-                let mut batch = Vec::new();
-                let taken = encode_batch(&volume.name, rest, &mut batch);
-                connection.outbox.tokens(batch);
-                rest = &rest[taken.max(1)..];
-            }
+            self.tokened = last.stamp.time;
         }
+    }
+
+    /// The oldest updates whose tokens are still to be sent, in the order of their stamps: of sets first, as these were
+    /// cut before what is still queued.
+    fn untokened(&self) -> Vec<Captured> {
+        let is_fresh = |captured: &&Captured| captured.stamp.time > self.tokened;
+        let mut fresh: Vec<Captured> = Vec::new();
+        for sets in &self.rooms {
+            let from =
+                sets.partition_point(|(_, updates)| !updates.last().is_some_and(|last| is_fresh(&last)));
+            let updates = sets.range(from..).flat_map(|(_, updates)| updates).filter(is_fresh);
+            fresh.extend(updates.take(limits::TOKEN_BATCH_MAX));
+        }
+        fresh.sort_unstable_by_key(|captured| captured.stamp);
+        fresh.truncate(limits::TOKEN_BATCH_MAX);
+        let after = fresh.last().map_or(self.tokened, |last| last.stamp.time);
+        fresh.extend(self.capture.queued_after(after, limits::TOKEN_BATCH_MAX - fresh.len()));
+        fresh
     }
 
     // ---- suspension ----

@@ -236,17 +236,17 @@ struct Unappended {
 }
 
 pub(super) struct Driver {
-    site: SiteDir,
+    pub(super) site: SiteDir,
     pub(super) own_site: SiteId,
     pub(super) state: State,
     incoming: Inputs<Input>,
     inputs: InputSender<Input>,
     shared: Arc<Shared>,
     pub(super) receiver: Receiver,
-    journal: Option<Journal>,
+    pub(super) journal: Option<Journal>,
     journal_config: JournalConfig,
     pub(super) image: Arc<Image>,
-    image_index: Vec<VolumeIndex>,
+    pub(super) image_index: Vec<VolumeIndex>,
     tracked: Vec<Tracked>,
     /// Connections that have not said hello yet, or were refused and are closing.
     strangers: Vec<Connection>,
@@ -670,7 +670,7 @@ impl Driver {
     // ---- journal and groups ----
 
     /// Appends what was taken to the journal, as far as it has room.
-    fn append_waiting(&mut self) {
+    pub(super) fn append_waiting(&mut self) {
         while let Some(waiting) = self.unappended.front() {
             let Some(journal) = &mut self.journal else { return };
             let at = match journal.append_set(&waiting.bytes) {
@@ -692,6 +692,12 @@ impl Driver {
         }
     }
 
+    /// The bytes of a set that was taken and for which the journal has had no room so far.
+    pub(super) fn unappended_set(&self, volume: VolumeIndex, number: SetNumber) -> Option<Bytes> {
+        let found = self.unappended.iter().find(|set| (set.volume, set.number) == (volume, number));
+        found.map(|set| set.bytes.clone())
+    }
+
     fn journal_failed(&mut self, error: &JournalError) {
         let passing = matches!(error, JournalError::Full { .. } | JournalError::TooManySegments { .. });
         let why = error.to_string();
@@ -709,7 +715,7 @@ impl Driver {
 
     /// Forms groups as long as there are any; each is committed, then shown. One sync makes sets and COMMIT durable:
     /// persist first, then acknowledge and show.
-    fn commit(&mut self) {
+    pub(super) fn commit(&mut self) {
         loop {
             if self.planned.is_none() && self.trouble.is_none() {
                 self.planned = self.receiver.poll_group();
@@ -937,7 +943,7 @@ impl Driver {
     }
 
     /// Updates that were received and are in no group, and the bytes of their sets.
-    pub(super) fn pending(&self) -> (u64, u64) {
+    fn pending(&self) -> (u64, u64) {
         let updates = self.tracked.iter().map(|tracked| {
             let last = tracked.sets.values().map(|set| set.last_seq).max().unwrap_or(tracked.through);
             last.0.saturating_sub(tracked.through.0)

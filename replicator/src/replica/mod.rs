@@ -2,11 +2,13 @@
 //!
 //! * [`driver`] – the one thread that owns the session: journal, order, commit, acknowledge, show.
 //! * [`journal`] – the log of record sets, as they travelled, and of commits.
+//! * [`loss`] – what a promote gave up, kept on disk.
 //! * [`image`] – plain trees as of the last checkpoint, and the folded groups after it.
 
 mod door;
 pub mod driver;
 pub mod image;
 pub mod journal;
+pub mod loss;
 mod recovery;
 mod takeover;

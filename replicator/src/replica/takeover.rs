@@ -1,22 +1,26 @@
 //! Promote: how a replica becomes the primary.
 //!
-//! A promote raises the epoch, durably, before anything else can be written; from that instant the old primary's sets
+//! A promote first accounts for what is lost ([`super::loss`]). It then raises the epoch, durably, before anything else can be written; from that instant the old primary's sets
 //! are refused, those in flight too. Then the plain trees are made those of the last group. What comes after – the
 //! writable mount – is the file system layer's.
 
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use twinfs_core::id::{Epoch, VolumeName};
+use twinfs_core::id::{Epoch, FileId, VolumeIndex, VolumeName};
 use twinfs_core::limits;
+use twinfs_core::loss::{Loss, Paths, VolumeKnowledge};
 use twinfs_core::session::Role;
 use twinfs_core::stamp::Timestamp;
+use twinfs_core::update::Kind;
 use twinfs_core::wire::{Message, PromoteReady};
 
 use super::driver::{Driver, TakeoverNews};
+use super::journal::Journal;
+use super::loss::{self, Circumstances, Keeping, Report, SetReport};
 use crate::primary::clock::Reading;
-use crate::status::{Bytes, age_seconds};
 
 /// How to promote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,36 +82,145 @@ impl Driver {
                 self.takeover = Some(Takeover { news, deadline, ready: None });
             }
             (PromoteMode::Plain | PromoteMode::Forced, _) => {
-                for line in self.losses() {
-                    drop(news.send(TakeoverNews::Progress(line)));
-                }
-                let decided = self.take_over();
-                drop(news.send(TakeoverNews::Decided(decided)));
+                // What has been delivered, and waits only for its turn, is not lost.
+                self.append_waiting();
+                self.commit();
+                let say = |line| drop(news.send(TakeoverNews::Progress(line)));
+                let decided = self.account(mode, &say).and_then(|()| self.take_over());
+                decide(decided);
             }
         }
     }
 
-    /// What a promote without the primary is known to lose, and from when on nothing is known.
-    fn losses(&self) -> Vec<String> {
+    /// Tells what is lost, and keeps it on disk, durably: before the epoch, so that no promote is without its account.
+    /// If it cannot be kept, a forced promote tells all of it instead, any other is refused.
+    fn account(&self, mode: PromoteMode, say: &dyn Fn(String)) -> Result<(), String> {
+        let (_, known) = self.receiver.paired().ok_or("this site was never paired with a primary")?;
         let shown = self.receiver.progress();
-        let now = Timestamp(Reading::now().real);
-        let tokens = self.receiver.bare_tokens();
-        let (pending, _) = self.pending();
-        let mut lines = vec![format!(
-            "Consistency time {} ({:.2} s ago), group {}.",
-            shown.time,
-            age_seconds(now, shown.time),
-            shown.group
-        )];
-        lines.push(format!(
-            "Known to be lost: {} updates ({}) of which only the write tokens came, {pending} updates that came but \
-             cannot be ordered.",
-            tokens.count + tokens.not_held,
-            Bytes(tokens.bytes)
-        ));
-        let heard = self.last_heard.unwrap_or(shown.time).max(shown.time);
-        lines.push(format!("Nothing is known of what the primary wrote after {heard}."));
-        lines
+        let knowledge: Vec<VolumeKnowledge<'_>> = self.receiver.knowledge().collect();
+        let loss = Loss::of(shown.time, &knowledge);
+        let about = Circumstances {
+            epoch: known.number + 1,
+            promoted: Timestamp(Reading::now().real),
+            planned: mode == PromoteMode::Planned,
+            shown: shown.time,
+            group: shown.group.0,
+            heard_until: self.last_heard,
+        };
+        let mut report = Report::new(&loss, &knowledge, &about);
+        let paths = Paths::new(self.locate(&loss), &knowledge);
+        let mut first = Vec::new();
+        let kept = self.keep(&mut report, &loss, &knowledge, paths.clone(), &mut first);
+        report.lines().into_iter().for_each(say);
+        match kept {
+            Ok(place) => {
+                first.into_iter().for_each(say);
+                let rest = report.updates_known.saturating_sub(limits::LOSS_LINES_SHOWN as u64);
+                if rest > 0 {
+                    say(format!("  … and {rest} more: `twinfs loss` lists all."));
+                }
+                say(format!("The loss report is kept in {}.", place.display()));
+                Ok(())
+            }
+            Err(error) if mode == PromoteMode::Forced => {
+                tracing::error!(%error, "the loss report cannot be kept");
+                let told = loss::each_line(&loss, &knowledge, paths, |line| {
+                    say(format!("  {line}"));
+                    Ok(())
+                });
+                told.expect("telling does not fail");
+                say(format!("The loss report could not be kept ({error}): this was all of it."));
+                Ok(())
+            }
+            Err(error) => Err(format!(
+                "the loss report cannot be kept: {error}; nothing was changed; --force promotes without keeping it"
+            )),
+        }
+    }
+
+    /// Writes the report and what belongs to it; the first lines go to `first` too.
+    fn keep(
+        &self,
+        report: &mut Report,
+        loss: &Loss<'_>,
+        knowledge: &[VolumeKnowledge<'_>],
+        paths: Paths<'_>,
+        first: &mut Vec<String>,
+    ) -> std::io::Result<PathBuf> {
+        let mut keeping = Keeping::begin(&self.site)?;
+        loss::each_line(loss, knowledge, paths, |line| {
+            if first.len() < limits::LOSS_LINES_SHOWN {
+                first.push(format!("  {line}"));
+            }
+            keeping.line(line)
+        })?;
+        let sets = self.keep_sets(&mut keeping, knowledge);
+        let no_room = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        match sets.and_then(|sets| if keeping.has_room()? { Ok(sets) } else { Err(no_room()) }) {
+            Ok(sets) => report.sets = sets,
+            Err(error) => {
+                tracing::error!(%error, "the record sets that cannot be ordered are not kept");
+                keeping.without_sets()?;
+                report.sets_problem = Some(error.to_string());
+            }
+        }
+        if keeping.has_room()? { keeping.finish(report) } else { Err(no_room()) }
+    }
+
+    /// Copies the sets that came but are in no group, from the journal or, where that took no more, from memory.
+    fn keep_sets(
+        &self,
+        keeping: &mut Keeping,
+        knowledge: &[VolumeKnowledge<'_>],
+    ) -> std::io::Result<Vec<SetReport>> {
+        let reader = self.journal.as_ref().map(Journal::reader);
+        let mut kept = Vec::new();
+        for (index, volume) in (0..).map(VolumeIndex).zip(knowledge).filter(|(_, volume)| volume.member) {
+            for set in &volume.sets {
+                let bytes = match (set.at, &reader) {
+                    (Some(at), Some(reader)) => reader.read_set(at)?,
+                    _ => self.unappended_set(index, set.number).ok_or(std::io::ErrorKind::NotFound)?,
+                };
+                kept.push(keeping.set(volume.name, set.number.0, &bytes)?);
+            }
+        }
+        Ok(kept)
+    }
+
+    /// Where the files stand in the last group that lost updates are about. Looks through directories from the root on,
+    /// for no longer than a promote may wait; a file that is not found is named by its FileId.
+    fn locate(&self, loss: &Loss<'_>) -> HashMap<FileId, Box<[u8]>> {
+        let deadline = Instant::now() + Duration::from_nanos(limits::LOSS_WALK_NS_MAX);
+        let mut found = HashMap::new();
+        for (index, image) in (0..).map(VolumeIndex).zip(&self.image_index) {
+            let mut wanted = loss.files(index);
+            // A view is taken for one call only: checkpoints wait for it.
+            wanted.retain(|file| self.image.view().node(*image, *file).is_ok_and(|node| node.attr.nlink > 0));
+            let view = self.image.view();
+            let root = view.members().find(|(at, ..)| at == image).map(|(.., root)| root);
+            drop(view);
+            let mut dirs = VecDeque::from_iter(root.map(|root| (root, Vec::new())));
+            wanted.retain(|file| Some(*file) != root);
+            while let Some((dir, path)) = dirs.pop_front()
+                && !wanted.is_empty()
+                && Instant::now() < deadline
+            {
+                for entry in self.image.view().list(*image, dir).unwrap_or_default() {
+                    let mut below = path.clone();
+                    if !below.is_empty() {
+                        below.push(b'/');
+                    }
+                    below.extend_from_slice(&entry.name);
+                    if wanted.remove(&entry.file) {
+                        found.insert(entry.file, below.clone().into());
+                    }
+                    if entry.kind == Kind::Dir && below.len() <= limits::PATH_HINT_BYTES_MAX {
+                        dirs.push_back((entry.file, below));
+                    }
+                }
+            }
+        }
+        found
     }
 
     pub(super) fn handover_ready(&mut self, ready: PromoteReady) {
@@ -142,9 +255,8 @@ impl Driver {
             drop(takeover.news.send(TakeoverNews::Decided(Err(why.into()))));
             return;
         }
-        let line = "The primary is drained: 0 updates lost.".to_owned();
-        drop(takeover.news.send(TakeoverNews::Progress(line)));
-        let decided = self.take_over();
+        let say = |line| drop(takeover.news.send(TakeoverNews::Progress(line)));
+        let decided = self.account(PromoteMode::Planned, &say).and_then(|()| self.take_over());
         drop(takeover.news.send(TakeoverNews::Decided(decided)));
     }
 

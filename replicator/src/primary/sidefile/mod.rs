@@ -155,8 +155,6 @@ struct Publish {
     /// The mover wants to be woken when this many bytes are queued.
     wake_at_bytes: usize,
     poked: bool,
-    /// How many updates at the front of the queue were given out for write tokens.
-    tokened: usize,
     /// Nothing is published any more, and nothing was dropped up to this instant.
     closed: Option<Timestamp>,
 }
@@ -415,7 +413,6 @@ impl Capture {
                 queued_bytes: 0,
                 wake_at_bytes: usize::MAX,
                 poked: false,
-                tokened: 0,
                 closed: None,
             }),
             published: Condvar::new(),
@@ -642,7 +639,6 @@ impl Capture {
             updates.push(captured);
         }
         publish.queued_bytes -= bytes;
-        publish.tokened = publish.tokened.saturating_sub(updates.len());
         let emptied = publish.queue.is_empty();
         let end = match (updates.last(), publish.closed) {
             (Some(last), _) if !emptied => last.stamp.time,
@@ -655,13 +651,26 @@ impl Capture {
         Cut { end, updates, emptied }
     }
 
-    /// The updates that wait to be cut and were not returned before, oldest first, at most `max`: what write tokens are
+    /// The volumes of which nothing waits to be cut, and the instant up to which that is so.
+    pub fn idle_volumes(&self) -> (Timestamp, Vec<VolumeIndex>) {
+        let publish = &mut *lock(&self.publish);
+        let mut is_idle = vec![true; publish.last_seq.len()];
+        for captured in &publish.queue {
+            is_idle[captured.volume.as_usize()] = false;
+        }
+        // As for a cut: whatever comes is stamped later.
+        let end = publish.closed.unwrap_or_else(|| publish.clock.tick(Reading::now()));
+        self.map.words()[W_LAST_TIME].store(publish.clock.last().0, Ordering::Relaxed);
+        let idle = (0..).map(VolumeIndex).zip(is_idle).filter(|(_, is_idle)| *is_idle);
+        (end, idle.map(|(volume, _)| volume).collect())
+    }
+
+    /// The updates that wait to be cut and were stamped after `after`, oldest first, at most `max`: what write tokens are
     /// made of.
-    pub fn take_untokened(&self, max: usize) -> Vec<Captured> {
-        let mut publish = lock(&self.publish);
-        let fresh: Vec<Captured> = publish.queue.iter().skip(publish.tokened).take(max).copied().collect();
-        publish.tokened += fresh.len();
-        fresh
+    pub fn queued_after(&self, after: Timestamp, max: usize) -> Vec<Captured> {
+        let publish = lock(&self.publish);
+        let from = publish.queue.partition_point(|captured| captured.stamp.time <= after);
+        publish.queue.range(from..).take(max).copied().collect()
     }
 
     /// Appends the encoded update to `out`.
@@ -702,7 +711,6 @@ impl Capture {
         let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut publish.queue).into_iter().partition(known);
         publish.queue = kept.into();
         publish.queued_bytes = publish.queue.iter().map(Captured::bytes).sum();
-        publish.tokened = 0;
         drop(publish);
         self.release(&gone);
     }

@@ -151,16 +151,22 @@ fn what_was_published_outlives_the_process() {
 }
 
 #[test]
-fn tokens_are_given_out_once_and_only_before_the_cut() {
+fn what_waits_to_be_cut_can_be_looked_at_in_parts() {
     let dir = tempfile::tempdir().unwrap();
     let capture = sidefile(&dir);
-    let first = write(&capture, V, b"1").unwrap();
-    assert_eq!(capture.take_untokened(10).iter().map(|c| c.stamp).collect::<Vec<_>>(), [first]);
-    let second = write(&capture, V, b"2").unwrap();
-    assert_eq!(capture.take_untokened(10).iter().map(|c| c.stamp).collect::<Vec<_>>(), [second]);
-    write(&capture, V, b"3").unwrap();
+    let stamps: Vec<_> = (0..3).map(|_| write(&capture, V, b"1").unwrap()).collect();
+    let after =
+        |time, max| capture.queued_after(time, max).iter().map(|captured| captured.stamp).collect::<Vec<_>>();
+    assert_eq!(after(Timestamp::ZERO, 2), stamps[..2]);
+    assert_eq!(after(stamps[1].time, 2), stamps[2..]);
+    capture.cut(1);
+    assert_eq!(after(Timestamp::ZERO, 9), stamps[1..]);
+    let (end, idle) = capture.idle_volumes();
+    assert_eq!(idle, [VolumeIndex(1)]);
+    assert!(end > stamps[2].time && write(&capture, VolumeIndex(1), b"2").unwrap().time > end);
     capture.cut(usize::MAX);
-    assert_eq!(capture.take_untokened(10), []);
+    assert_eq!(after(Timestamp::ZERO, 9), []);
+    assert_eq!(capture.idle_volumes().1, [V, VolumeIndex(1)]);
 }
 
 #[test]

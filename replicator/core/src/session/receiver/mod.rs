@@ -18,6 +18,7 @@
 //! restart the consistency time is again that of the last group until the primary has sent its next sets.
 
 mod group;
+mod known;
 mod tokens;
 mod volume;
 

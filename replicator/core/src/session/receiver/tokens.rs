@@ -65,6 +65,11 @@ impl Tokens {
         self.by_seq.values().filter(|entry| !entry.has_data).map(|entry| &entry.token)
     }
 
+    /// All that are held, in their order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Token> {
+        self.by_seq.values().map(|entry| &entry.token)
+    }
+
     /// Takes a token, unless there is one of that number already or there is no room. `held` counts those of all
     /// volumes.
     pub(super) fn insert(&mut self, token: Token, has_data: bool, held: &mut usize) {

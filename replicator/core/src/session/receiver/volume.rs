@@ -54,6 +54,7 @@ impl Held {
 struct PendingNull {
     number: SetNumber,
     hash: SetHash,
+    last_seq: Seq,
     end: Timestamp,
 }
 
@@ -233,7 +234,8 @@ impl Volume {
         if number == self.chain.number {
             self.frontier = self.frontier.max(header.end);
         } else if self.null.as_ref().is_none_or(|null| (null.number, null.end) <= (number, header.end)) {
-            self.null = Some(PendingNull { number, hash: header.predecessor, end: header.end });
+            let (hash, last_seq, end) = (header.predecessor, header.last_seq(), header.end);
+            self.null = Some(PendingNull { number, hash, last_seq, end });
         }
         Ok(())
     }
@@ -359,6 +361,22 @@ impl Volume {
     pub(super) fn newest(&self) -> SetNumber {
         let held = self.sets.last_key_value().map_or(SetNumber(0), |(number, _)| SetNumber(*number));
         held.max(self.chain.number)
+    }
+
+    /// For each sequence number, an instant: every update stamped up to it has that number or a lower one. What headers
+    /// say, of sets past a gap too, and null sets.
+    pub(super) fn bounds(&self) -> impl Iterator<Item = (Seq, Timestamp)> {
+        let sets = self.sets.values();
+        let of_sets =
+            sets.flat_map(|held| [(Seq(held.first_seq.0 - 1), held.start), (held.last_seq, held.end)]);
+        let null = self.null.iter().map(|null| (null.last_seq, null.end));
+        of_sets.chain(null).chain([(self.chain.last_seq, self.frontier)])
+    }
+
+    /// The sets of which some updates are in no committed group, with how many of each are.
+    pub(super) fn ungrouped(&self) -> impl Iterator<Item = (SetNumber, &Held)> {
+        let sets = self.sets.iter().filter(|(_, held)| !held.is_grouped());
+        sets.map(|(number, held)| (SetNumber(*number), held))
     }
 
     /// Whether every set at hand is in committed groups.
