@@ -1,10 +1,12 @@
 //! Places at which a daemon can be made to die, for the crash tests.
 //!
-//! `TWINFS_FAIL_POINT=NAME[:N]` in a daemon's environment makes it kill itself, as the OOM killer would, when it passes
-//! the place of that name for the N-th time (the first by default). Nothing is flushed, closed or unmounted. Without
-//! the variable a passage costs one atomic load.
+//! `TWINFS_FAIL_POINT=NAME[:N[:MS]]` in a daemon's environment makes it kill itself, as the OOM killer would, when it
+//! passes the place of that name for the N-th time (the first by default). Nothing is flushed, closed or unmounted.
+//! The thread that comes there stands still for MS milliseconds first, while the others go on: what was shown or said
+//! too early gets the time to be seen. Without the variable a passage costs one atomic load.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::process::{Signal, getpid, kill_process};
 
@@ -88,10 +90,12 @@ fail_points! {
 static ARMED: AtomicU8 = AtomicU8::new(0);
 /// How often it will be passed until then.
 static LEFT: AtomicU32 = AtomicU32::new(0);
+/// How long the thread stands still before it, in milliseconds.
+static LINGER: AtomicU64 = AtomicU64::new(0);
 
 /// The variable says nonsense.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{VARIABLE}={0} is not NAME[:N] with a known name")]
+#[error("{VARIABLE}={0} is not NAME[:N[:MS]] with a known name")]
 pub struct BadFailPoint(String);
 
 /// Reads the environment. A daemon calls it once, as it starts.
@@ -100,17 +104,19 @@ pub struct BadFailPoint(String);
 /// [`BadFailPoint`]
 pub fn arm() -> Result<(), BadFailPoint> {
     let Ok(text) = std::env::var(VARIABLE) else { return Ok(()) };
-    let (point, passages) = parse(&text).ok_or(BadFailPoint(text))?;
+    let (point, passages, linger) = parse(&text).ok_or(BadFailPoint(text))?;
     tracing::warn!(point = point.name(), passages, "a test has this daemon kill itself");
     LEFT.store(passages, Ordering::Relaxed);
+    LINGER.store(linger, Ordering::Relaxed);
     ARMED.store(point as u8 + 1, Ordering::Release);
     Ok(())
 }
 
-fn parse(text: &str) -> Option<(FailPoint, u32)> {
-    let (name, passages) = text.split_once(':').unwrap_or((text, "1"));
+fn parse(text: &str) -> Option<(FailPoint, u32, u64)> {
+    let (name, numbers) = text.split_once(':').unwrap_or((text, "1"));
+    let (passages, linger) = numbers.split_once(':').unwrap_or((numbers, "0"));
     let point = FailPoint::ALL.iter().copied().find(|point| point.name() == name)?;
-    Some((point, passages.parse().ok().filter(|passages| *passages > 0)?))
+    Some((point, passages.parse().ok().filter(|passages| *passages > 0)?, linger.parse().ok()?))
 }
 
 /// A number from a variable that only tests set. Nonsense counts as nothing.
@@ -131,6 +137,7 @@ pub fn pass(point: FailPoint) {
 fn last_passage(point: FailPoint) {
     if LEFT.fetch_sub(1, Ordering::AcqRel) == 1 {
         tracing::warn!(point = point.name(), "killed at a fail point");
+        std::thread::sleep(Duration::from_millis(LINGER.load(Ordering::Relaxed)));
         // It cannot fail, and nothing would be left to do if it did.
         let _ = kill_process(getpid(), Signal::KILL);
         loop {
@@ -145,13 +152,13 @@ mod tests {
 
     #[test]
     fn names_are_parsed_and_differ() {
-        assert_eq!(parse("synced"), Some((FailPoint::Synced, 1)));
-        assert_eq!(parse("checkpoint-attach:12"), Some((FailPoint::CheckpointAttach, 12)));
-        for nonsense in ["", "nowhere", "synced:", "synced:0", "synced:x", "synced:1:2"] {
+        assert_eq!(parse("synced"), Some((FailPoint::Synced, 1, 0)));
+        assert_eq!(parse("checkpoint-attach:12:50"), Some((FailPoint::CheckpointAttach, 12, 50)));
+        for nonsense in ["", "nowhere", "synced:", "synced:0", "synced:x", "synced:1:", "synced:1:2:3"] {
             assert_eq!(parse(nonsense), None, "{nonsense}");
         }
         for (at, point) in FailPoint::ALL.iter().enumerate() {
-            assert_eq!(parse(point.name()), Some((*point, 1)));
+            assert_eq!(parse(point.name()), Some((*point, 1, 0)));
             assert_eq!(*point as usize, at);
         }
     }

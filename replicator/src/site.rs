@@ -3,8 +3,9 @@
 //! ```text
 //! SITE/                 0700; never inside a mirrored tree nor around it
 //!   lock                held by the running daemon
-//!   state.json          the control file: role, epoch, session, volumes (versioned, replaced atomically)
-//!   stamp-mark          primary: no timestamp at or above this was given out
+//!   state.json          the control file: role, epoch, session, volumes (versioned, replaced atomically); JSON whose second
+//!                       line is the BLAKE3 of all the other bytes
+//!   stamp-mark          primary: no timestamp at or above this was given out; a number, and the first 16 digits of its BLAKE3
 //!   sidefile-BOOTID     primary: captured updates that the replica lacks
 //!   unacknowledged      primary: record sets that were made and not acknowledged when it stopped
 //!   copy/VOLUME         primary: where a stopped initial copy goes on
@@ -16,20 +17,25 @@
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use twinfs_core::id::{Epoch, FileId, SessionId, SetHash, SetNumber, SiteName, VolumeInstance, VolumeName};
+use twinfs_core::limits;
 use twinfs_core::session::{self, Role, SuspendReason};
 use twinfs_core::stamp::{Seq, Stamp, Timestamp};
 
 use crate::failpoint::{self, FailPoint};
 
 /// The version of the control file that this program writes and reads.
-const STATE_VERSION: u32 = 1;
+const STATE_VERSION: u32 = 2;
+/// What stands around the checksum of the control file.
+const CHECKSUM: (&[u8], &[u8]) = (b"{\n  \"checksum\": \"", b"\",\n");
+/// Digits of the checksum of the stamp mark.
+const MARK_DIGITS: usize = 16;
 
 /// Why the site directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +111,49 @@ impl State {
             clean: true,
         }
     }
+
+    /// The control file's text.
+    ///
+    /// # Errors
+    /// What cannot be written, such as a path that is not UTF-8.
+    pub fn encode(&self) -> Result<Vec<u8>, String> {
+        let mut text = serde_json::to_vec_pretty(self).map_err(|error| error.to_string())?;
+        text.push(b'\n');
+        let digits = blake3::hash(&text).to_hex();
+        let rest = text.strip_prefix(b"{\n").expect("a map with entries, printed for people");
+        Ok([CHECKSUM.0, digits.as_bytes(), CHECKSUM.1, rest].concat())
+    }
+
+    /// Reads the control file's text.
+    ///
+    /// # Errors
+    /// What is wrong with it. One changed bit is enough: a flipped digit of an epoch would otherwise be believed.
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let checked = || {
+            let (digits, rest) = bytes.strip_prefix(CHECKSUM.0)?.split_at_checked(2 * blake3::OUT_LEN)?;
+            let text = [b"{\n", rest.strip_prefix(CHECKSUM.1)?].concat();
+            (blake3::hash(&text).to_hex().as_bytes() == digits).then_some(text)
+        };
+        let text = checked().ok_or("its checksum is wrong: it rotted, or was edited")?;
+        let state: Self = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+        if state.version != STATE_VERSION {
+            return Err(format!("version {} is not {STATE_VERSION}", state.version));
+        }
+        Ok(state)
+    }
+}
+
+/// The text of the stamp mark.
+fn encode_mark(mark: Timestamp) -> String {
+    let number = mark.0.to_string();
+    format!("{number} {}\n", &blake3::hash(number.as_bytes()).to_hex()[..MARK_DIGITS])
+}
+
+/// Reads the text of the stamp mark; `None` if it is not as it was written.
+fn decode_mark(text: &[u8]) -> Option<Timestamp> {
+    let number = str::from_utf8(text).ok()?.split_once(' ')?.0;
+    let mark = Timestamp(number.parse().ok()?);
+    (encode_mark(mark).as_bytes() == text).then_some(mark)
 }
 
 /// What a primary remembers of a volume.
@@ -263,19 +312,8 @@ impl SiteDir {
     /// [`SiteError`]
     pub fn state(&self) -> Result<Option<State>, SiteError> {
         let path = self.path.join("state.json");
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(io_error("read", &path)(error)),
-        };
-        let state: State = serde_json::from_slice(&text)
-            .map_err(|error| SiteError::State { path: path.clone(), why: error.to_string() })?;
-        if state.version == STATE_VERSION {
-            Ok(Some(state))
-        } else {
-            let why = format!("version {} is not {STATE_VERSION}", state.version);
-            Err(SiteError::State { path, why })
-        }
+        let Some(text) = read_small(&path)? else { return Ok(None) };
+        State::decode(&text).map(Some).map_err(|why| SiteError::State { path, why })
     }
 
     /// Replaces the control file, durably.
@@ -284,9 +322,7 @@ impl SiteDir {
     /// [`SiteError::Io`]; the old one stands then.
     pub fn save_state(&self, state: &State) -> Result<(), SiteError> {
         let path = self.path.join("state.json");
-        let mut text = serde_json::to_vec_pretty(state)
-            .map_err(|error| SiteError::State { path: path.clone(), why: error.to_string() })?;
-        text.push(b'\n');
+        let text = state.encode().map_err(|why| SiteError::State { path: path.clone(), why })?;
         replace_durably(&path, &text)
     }
 
@@ -296,15 +332,9 @@ impl SiteDir {
     /// [`SiteError`]
     pub fn stamp_mark(&self) -> Result<Timestamp, SiteError> {
         let path = self.path.join("stamp-mark");
-        match fs::read_to_string(&path) {
-            Ok(text) => text
-                .trim()
-                .parse()
-                .map(Timestamp)
-                .map_err(|_| SiteError::State { path, why: "not a number of nanoseconds".into() }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Timestamp::ZERO),
-            Err(error) => Err(io_error("read", &path)(error)),
-        }
+        let Some(text) = read_small(&path)? else { return Ok(Timestamp::ZERO) };
+        let why = || "not a number of nanoseconds with its checksum".into();
+        decode_mark(&text).ok_or_else(|| SiteError::State { path, why: why() })
     }
 
     /// Replaces that mark, durably.
@@ -312,7 +342,7 @@ impl SiteDir {
     /// # Errors
     /// [`SiteError::Io`]
     pub fn save_stamp_mark(&self, mark: Timestamp) -> Result<(), SiteError> {
-        replace_durably(&self.path.join("stamp-mark"), format!("{}\n", mark.0).as_bytes())
+        replace_durably(&self.path.join("stamp-mark"), encode_mark(mark).as_bytes())
     }
 }
 
@@ -321,6 +351,22 @@ const SIDEFILE_PREFIX: &str = "sidefile-";
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SiteError + use<> {
     let path = path.to_owned();
     move |source| SiteError::Io { action, path, source }
+}
+
+/// Reads a file that is small if it is what it should be; `None` if there is none.
+fn read_small(path: &Path) -> Result<Option<Vec<u8>>, SiteError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error("open", path)(error)),
+    };
+    let mut bytes = Vec::new();
+    file.take(limits::CONTROL_FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(io_error("read", path))?;
+    if bytes.len() as u64 > limits::CONTROL_FILE_BYTES_MAX {
+        let why = format!("it is longer than {} bytes", limits::CONTROL_FILE_BYTES_MAX);
+        return Err(SiteError::State { path: path.to_owned(), why });
+    }
+    Ok(Some(bytes))
 }
 
 /// Writes a private file (0600) so that at every instant, also after a power cut, either the old or the new contents
@@ -360,7 +406,77 @@ mod tests {
         assert_eq!(site.state().unwrap(), Some(state.clone()));
         state.version = 99;
         site.save_state(&state).unwrap();
+        let refused = site.state().unwrap_err().to_string();
+        assert!(refused.contains("version 99 is not 2"), "{refused}");
+    }
+
+    /// A state with something in every field.
+    fn full() -> State {
+        let instance = VolumeInstance::new(9).unwrap();
+        let name = VolumeName::new("data").unwrap();
+        let mut state = State::new(Role::Primary, Epoch { number: 3, site: SiteId::from_bytes([1; 16]) });
+        state.session = Some(SessionId::from_bytes([2; 16]));
+        state.peer = Some(SiteName::new("chi").unwrap());
+        state.volumes.push(VolumeState {
+            name: name.clone(),
+            source: "/srv/data".into(),
+            instance,
+            root_ino: 2,
+            root_generation: 7,
+            state: session::VolumeState::Duplex,
+            complete: Some(Stamp { time: Timestamp(5), seq: Seq(6) }),
+            acked_set: SetNumber(12),
+            acked_hash: SetHash([3; 32]),
+            acked_seq: Seq(400),
+            acked_end: Timestamp(9),
+            end: Timestamp(1_767_225_600_000_000_000),
+            last_seq: Seq(401),
+        });
+        let root = FileId { instance, ino: 2, generation: 7 };
+        state.received.push(ReceivedVolume { name, instance, root });
+        state.replica = Some(ReplicaArguments { mountpoint: "/mnt".into(), listen: "[::]:7".into() });
+        state.suspended = Some(SuspendReason::Lag);
+        state
+    }
+
+    #[test]
+    fn a_flipped_bit_or_a_cut_in_the_control_file_is_noticed_wherever_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let site = SiteDir::new(dir.path());
+        site.save_state(&full()).unwrap();
+        assert_eq!(site.state().unwrap(), Some(full()));
+        let bytes = full().encode().unwrap();
+        serde_json::from_slice::<serde_json::Value>(&bytes).expect("people's tools can read it");
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(State::decode(&damaged).is_err(), "bit {bit}");
+        }
+        for len in 0..bytes.len() {
+            assert!(State::decode(&bytes[..len]).is_err(), "cut at {len}");
+        }
+        fs::write(dir.path().join("state.json"), vec![b' '; 10 << 20]).unwrap();
         assert!(matches!(site.state(), Err(SiteError::State { .. })));
+    }
+
+    #[test]
+    fn a_flipped_bit_or_a_cut_in_the_stamp_mark_is_noticed_wherever_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let site = SiteDir::new(dir.path());
+        let mark = Timestamp(1_767_225_600_000_000_000);
+        assert_eq!(site.stamp_mark().unwrap(), Timestamp::ZERO);
+        site.save_stamp_mark(mark).unwrap();
+        assert_eq!(site.stamp_mark().unwrap(), mark);
+        let bytes = encode_mark(mark).into_bytes();
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(decode_mark(&damaged), None, "bit {bit}");
+        }
+        for len in 0..bytes.len() {
+            fs::write(dir.path().join("stamp-mark"), &bytes[..len]).unwrap();
+            assert!(matches!(site.stamp_mark(), Err(SiteError::State { .. })), "cut at {len}");
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use twinfs_core::update::{Attr, AttrList, Intent, Op};
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica as Peer};
 use twinfs_replicator::primary::sidefile::{Capture, Start, StartVolume, bytes_min};
-use twinfs_replicator::replica::driver::{PromoteMode, Replica, ReplicaConfig};
+use twinfs_replicator::replica::driver::{PromoteMode, Replica, ReplicaConfig, StartError};
 use twinfs_replicator::site::{SiteDir, State};
 
 const V: VolumeIndex = VolumeIndex(0);
@@ -56,6 +56,10 @@ fn write(capture: &Capture, ino: u64, text: &[u8]) {
 }
 
 fn start_replica(dir: &Path, identity: &Arc<Identity>, listen: &str) -> Replica {
+    try_start_replica(dir, identity, listen).unwrap()
+}
+
+fn try_start_replica(dir: &Path, identity: &Arc<Identity>, listen: &str) -> Result<Replica, StartError> {
     let site = SiteDir::new(dir);
     let first = State::new(Role::Replica, Epoch { number: 0, site: identity.id() });
     let state = site.state().unwrap().unwrap_or(first);
@@ -68,7 +72,6 @@ fn start_replica(dir: &Path, identity: &Arc<Identity>, listen: &str) -> Replica 
         free_space_floor: 1 << 20,
         ordering: Ordering::ByStamp,
     })
-    .unwrap()
 }
 
 fn wait<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
@@ -163,9 +166,17 @@ fn what_is_published_is_shown_survives_restarts_and_can_be_promoted() {
     let status = wait("DUPLEX", || primary.status().filter(|status| status.session_state == "DUPLEX"));
     assert!(status.peer.connected && status.sets_sent > 0, "{status:?}");
 
-    // The replica goes and comes: it shows what it showed, and takes what it missed.
     replica.stop();
     drop(replica);
+    // Without its journal it does not start: nobody could tell what its trees are as of.
+    std::fs::rename(chi.join("journal"), chi.join("away")).unwrap();
+    let refused = try_start_replica(&chi, &replica_identity, &listen).unwrap_err();
+    assert!(matches!(refused, StartError::Recovery(_)), "{refused}");
+    assert!(refused.to_string().contains("the journal has lost its end"), "{refused}");
+    std::fs::remove_dir_all(chi.join("journal")).unwrap();
+    std::fs::rename(chi.join("away"), chi.join("journal")).unwrap();
+
+    // The replica goes and comes: it shows what it showed, and takes what it missed.
     write(&capture, 2, b"while the replica was away");
     let replica = start_replica(&chi, &replica_identity, &listen);
     assert!(shown(&replica, 2).is_some(), "what was committed shows at once");

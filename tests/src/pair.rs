@@ -212,7 +212,7 @@ impl Pair {
         command
     }
 
-    /// Has the next daemon of a site kill itself at a fail point, `NAME[:N]`; `None`: no daemon.
+    /// Has the next daemon of a site kill itself at a fail point, `NAME[:N[:MS]]`; `None`: no daemon.
     pub fn fail_at(&mut self, point: Option<(&'static str, String)>) {
         self.fail_at = point;
     }

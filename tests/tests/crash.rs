@@ -15,9 +15,6 @@ use twinfs_tests::process::wait_for;
 use twinfs_tests::scene::{Scene, setup, site};
 use twinfs_tests::seed;
 
-/// Whether a killed primary goes on by itself.
-const PRIMARY_RECOVERS: bool = false;
-
 /// Points that only a pair that meets for the first time passes.
 fn is_first(point: FailPoint) -> bool {
     matches!(point, FailPoint::Adopted | FailPoint::CopierObject | FailPoint::CopierComplete)
@@ -25,8 +22,7 @@ fn is_first(point: FailPoint) -> bool {
 
 fn wanted(point: FailPoint) -> bool {
     let selected = std::env::var("TWINFS_FAIL_POINTS").ok();
-    let selected = selected.is_none_or(|names| names.split(',').any(|name| name == point.name()));
-    selected && (PRIMARY_RECOVERS || point.side() == Side::Replica)
+    selected.is_none_or(|names| names.split(',').any(|name| name == point.name()))
 }
 
 /// How often a point is passed before the daemon dies there: no more often than it is surely passed soon.
@@ -55,17 +51,19 @@ fn passages(point: FailPoint, rng: &mut Rng) -> u64 {
 /// Every fail point is passed, and a daemon that dies there comes back.
 #[test]
 fn killed_at_every_fail_point() {
-    for run in seed::runs("crash", "killed_at_every_fail_point", &[1], 0) {
+    for run in seed::runs("crash", "killed_at_every_fail_point", &[1], 1) {
         let _announced = run.announce();
         let mut scene = Scene::start(setup(), run.seed, true);
-        for &point in FailPoint::ALL.iter().filter(|point| wanted(**point) && !is_first(**point)) {
+        let points = FailPoint::ALL.iter().filter(|point| wanted(**point) && !is_first(**point));
+        for &point in (0..run.rounds).flat_map(|_| points.clone()) {
             let passages = passages(point, &mut scene.rng);
             let start = Instant::now();
             scene.work();
-            scene.kill(point.side(), Some((point, passages)));
+            let linger = scene.rng.pick(&[0, 200]);
+            scene.kill(point.side(), Some((point, passages, linger)));
             scene.recover(point.side());
             scene.converge();
-            println!("{}:{passages}, {:.1} s", point.name(), start.elapsed().as_secs_f64());
+            println!("{}:{passages}:{linger}, {:.1} s", point.name(), start.elapsed().as_secs_f64());
         }
         scene.end();
     }
@@ -107,8 +105,8 @@ fn killed_at_random_instants() {
         for round in 0..run.rounds {
             let start = Instant::now();
             scene.work();
-            let both = PRIMARY_RECOVERS && scene.rng.below(4) == 0;
-            let side = if PRIMARY_RECOVERS && round % 2 == 1 { Side::Primary } else { Side::Replica };
+            let both = scene.rng.below(4) == 0;
+            let side = if round % 2 == 1 { Side::Primary } else { Side::Replica };
             scene.kill(side, None);
             if side == Side::Replica {
                 scene.recover(side);

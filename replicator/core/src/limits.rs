@@ -259,3 +259,13 @@ pub const LOSS_WALK_NS_MAX: u64 = 3_000_000_000;
 pub const LOSS_FREE_BYTES_MIN: u64 = 8 << 20;
 /// Longest line of a kept report, in bytes: two paths, each as text, where a byte may take six, and in digits.
 pub const LOSS_LINE_BYTES_MAX: usize = 2 * 8 * (PATH_HINT_BYTES_MAX + 2 * NAME_BYTES_MAX) + 4096;
+
+// Files of a site directory.
+
+/// Largest control file, in bytes.
+pub const CONTROL_FILE_BYTES_MAX: u64 = 8 << 20;
+
+const _: () = {
+    // A primary's volume has a path, which JSON may write six times as long, and less than a KiB beside it.
+    assert!(CONTROL_FILE_BYTES_MAX >= VOLUMES_MAX as u64 * (6 * 4096 + 1024));
+};

@@ -1,6 +1,7 @@
 //! What a primary keeps from run to run: the sets that were made and not acknowledged, and the mark that timestamps
 //! stay below.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -24,12 +25,16 @@ pub enum StoreError {
     /// The site directory cannot be used.
     #[error(transparent)]
     Site(#[from] SiteError),
+    /// The file ends too early, or rotted.
+    #[error("the file of unacknowledged record sets {0} is damaged: its checksum is wrong")]
+    Checksum(std::path::PathBuf),
     /// The file does not hold record sets.
     #[error("the file of unacknowledged record sets {0} is damaged: {1}")]
     Damaged(std::path::PathBuf, BadSet),
 }
 
-/// Keeps sets over a clean stop: their bytes one after the other, for they say themselves where they end.
+/// Keeps sets over a clean stop: their bytes one after the other, for they say themselves where they end; then BLAKE3 over
+/// all of it, or a file that was cut between two of them would be taken for one of fewer.
 ///
 /// # Errors
 /// [`StoreError::Site`]
@@ -39,6 +44,7 @@ pub fn save_sets<'a>(
 ) -> Result<(), StoreError> {
     let mut bytes = Vec::new();
     sets.for_each(|set| bytes.extend_from_slice(&set.handle));
+    bytes.extend_from_slice(blake3::hash(&bytes).as_bytes());
     Ok(replace_durably(&site.unacknowledged(), &bytes)?)
 }
 
@@ -53,8 +59,19 @@ pub fn load_sets(site: &SiteDir) -> Result<Vec<(VolumeName, IssuedSet<Bytes>)>, 
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(source) => return Err(SiteError::Io { action: "read", path, source }.into()),
     };
-    let damaged = |error| StoreError::Damaged(path.clone(), error);
-    let mut rest = bytes;
+    decode_sets(bytes, &path)
+}
+
+/// The sets in the file's bytes.
+fn decode_sets(bytes: Bytes, path: &Path) -> Result<Vec<(VolumeName, IssuedSet<Bytes>)>, StoreError> {
+    let damaged = |error| StoreError::Damaged(path.to_owned(), error);
+    let (body, hash) = bytes
+        .split_last_chunk::<{ blake3::OUT_LEN }>()
+        .ok_or_else(|| StoreError::Checksum(path.to_owned()))?;
+    if blake3::hash(body) != *hash {
+        return Err(StoreError::Checksum(path.to_owned()));
+    }
+    let mut rest = bytes.slice(..body.len());
     let mut sets = Vec::new();
     while !rest.is_empty() {
         let len = SetPrefix::parse(&rest).map_err(damaged)?.encoded_len();
@@ -147,6 +164,74 @@ impl Drop for MarkKeeper {
             && thread.join().is_err()
         {
             tracing::error!("the thread of the stamp mark panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use twinfs_core::format::{Builder, SetPlace};
+    use twinfs_core::id::{Epoch, Incarnation, SessionId, SetHash, SetNumber, SiteId, VolumeInstance};
+    use twinfs_core::stamp::Seq;
+    use twinfs_core::update::{AttrList, sample_file};
+
+    use super::*;
+
+    fn issued(number: u64) -> IssuedSet<Bytes> {
+        let stamp = Stamp { time: Timestamp(number), seq: Seq(number) };
+        let op: Op = Op::Unlink { dir: sample_file(1), name: (*b"name").into(), file: sample_file(2) };
+        let mut builder = Builder::new();
+        builder.push_update(&Update { stamp, op, attrs: AttrList::new() }, &[]).unwrap();
+        let place = SetPlace {
+            session: SessionId::from_bytes([3; 16]),
+            volume: VolumeName::new("data").unwrap(),
+            instance: VolumeInstance::new(9).unwrap(),
+            root: sample_file(1),
+            epoch: Epoch { number: 1, site: SiteId::from_bytes([1; 16]) },
+            incarnation: Incarnation(7),
+            number: SetNumber(number),
+            predecessor: if number == 1 { SetHash::NONE } else { SetHash([9; 32]) },
+            first_seq: stamp.seq,
+            start: Timestamp(number - 1),
+            end: stamp.time,
+        };
+        let set = builder.finish(place, 0).unwrap();
+        let bytes = set.bytes.len() as u64;
+        let (number, handle) = (SetNumber(number), set.bytes);
+        IssuedSet {
+            number,
+            hash: set.hash,
+            first: stamp,
+            last: stamp,
+            end: stamp.time,
+            bytes,
+            complete: None,
+            handle,
+        }
+    }
+
+    #[test]
+    fn sets_that_were_kept_come_back_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let site = SiteDir::new(dir.path());
+        assert_eq!(load_sets(&site).unwrap().len(), 0, "there is no file");
+        save_sets(&site, std::iter::empty()).unwrap();
+        assert_eq!(load_sets(&site).unwrap().len(), 0);
+        save_sets(&site, [issued(1), issued(2)].iter()).unwrap();
+        let found = load_sets(&site).unwrap();
+        let places: Vec<_> =
+            found.iter().map(|(name, set)| (name.as_str(), set.number.0, set.last.seq.0)).collect();
+        assert_eq!(places, [("data", 1, 1), ("data", 2, 2)]);
+
+        let good = std::fs::read(site.unacknowledged()).unwrap();
+        for at in 0..good.len() {
+            let mut damaged = good.clone();
+            damaged[at] ^= 1 << (at % 8);
+            let refused = |bytes: Vec<u8>| {
+                matches!(decode_sets(bytes.into(), dir.path()), Err(StoreError::Checksum(_)))
+            };
+            assert!(refused(damaged), "byte {at}");
+            assert!(refused(good[..at].to_vec()), "cut at {at}");
         }
     }
 }

@@ -701,10 +701,11 @@ impl Driver {
     fn journal_failed(&mut self, error: &JournalError) {
         let passing = matches!(error, JournalError::Full { .. } | JournalError::TooManySegments { .. });
         let why = error.to_string();
-        if self.trouble.as_ref().is_none_or(|(known, _)| *known != why) {
+        // What ended the session for good stays the reason: what follows from it says less, or sounds as if it passed.
+        if !self.trouble.as_ref().is_some_and(|(known, is_final)| *is_final || *known == why) {
             tracing::error!(%why, "the session is SUSPENDED: nothing more is taken, what was shown stays");
+            self.trouble = Some((why.clone(), !passing));
         }
-        self.trouble = Some((why.clone(), !passing));
         if passing && !self.checkpointing && !self.image.is_incomplete() {
             self.start_checkpoint();
         }

@@ -57,6 +57,16 @@ pub enum RecoveryError {
         /// The last set that is there.
         last: SetNumber,
     },
+    /// The plain trees hold a group whose COMMIT is not in the journal: its end, or all of it, is gone.
+    #[error(
+        "the journal ends at group {journal}, but the plain trees hold group {tree}: the journal has lost its end"
+    )]
+    Behind {
+        /// The last group of the journal.
+        journal: GroupNumber,
+        /// The last group of the checkpoint.
+        tree: GroupNumber,
+    },
     /// The image cannot take a group.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -257,6 +267,12 @@ impl Replay<'_> {
     }
 
     fn finish(self, ordering: Ordering) -> Result<Restored, RecoveryError> {
+        // Each segment starts with the last commit, so no trim takes it away, and no group is checkpointed before its
+        // commit is durable.
+        let tree = self.image.checkpointed().group;
+        if tree > self.group {
+            return Err(RecoveryError::Behind { journal: self.group, tree });
+        }
         let volumes = self.state.received.iter().zip(&self.tracked).map(|(received, tracked)| {
             let (base, base_end) = tracked.base.unwrap_or((ChainPoint::START, Timestamp::ZERO));
             ReceiverVolume {

@@ -10,7 +10,7 @@ const SEGMENT_BYTES: u64 = 256 << 10;
 
 /// What a run did before the power went, as a test remembers it.
 #[derive(Clone, Default)]
-struct History {
+pub(super) struct History {
     /// Everything that was handed to the journal, also what it had no time to answer for.
     appended: Vec<Appended>,
     places: Vec<SetLocation>,
@@ -24,7 +24,12 @@ struct History {
 impl History {
     /// Two volumes' worth of sets and commits, synced and trimmed now and then, until `steps` are done or the power
     /// goes.
-    fn run(&mut self, journal: &mut Journal, random: &mut Random, steps: usize) -> Result<(), JournalError> {
+    pub(super) fn run(
+        &mut self,
+        journal: &mut Journal,
+        random: &mut Random,
+        steps: usize,
+    ) -> Result<(), JournalError> {
         for _ in 0..steps {
             match random.below(10) {
                 0..6 => {
@@ -57,8 +62,13 @@ impl History {
         Ok(())
     }
 
+    /// Forgets an entry that the journal refused, and so never took.
+    pub(super) fn take_back(&mut self) {
+        self.appended.truncate(self.places.len());
+    }
+
     /// Checks what came back, and goes on from it: the rest is lost, and was never acknowledged.
-    fn check(&mut self, recovered: &[Recovered], end: SetLocation, context: &str) {
+    pub(super) fn check(&mut self, recovered: &[Recovered], end: SetLocation, context: &str) {
         let (standing, entries) = match recovered.split_first() {
             Some((Recovered::Standing(commit), rest)) => (Some(commit), rest),
             _ => (None, recovered),

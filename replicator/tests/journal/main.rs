@@ -4,7 +4,10 @@
 
 mod crash;
 mod damage;
+mod failing;
 mod faults;
+mod hostile;
+mod memory;
 mod reading;
 mod round_trip;
 

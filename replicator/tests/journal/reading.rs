@@ -149,6 +149,8 @@ fn rot_is_never_returned_as_data() {
         let (journal, _) = open(&storage, 64 << 10).unwrap();
         let file = storage.open("00000001.seg").unwrap();
         file.write_at(&[&[set[index] ^ (1 << (index % 8))]], at.offset + index as u64).unwrap();
+        let whole = journal.reader().read_set(at);
+        assert!(matches!(whole, Err(ReadError::Set { .. })), "byte {index}: {whole:?}");
         let mut buf = vec![0; data.len()];
         match journal.reader().read(DataRef { set: at, offset: 0 }, &mut buf) {
             Ok(()) => assert!(buf == data, "byte {index}"),

@@ -377,8 +377,8 @@ impl Capture {
         let ring_bytes = usize::try_from(word(W_RING)).unwrap_or(usize::MAX);
         let ring_at = slots.checked_mul(SLOT_BYTES).and_then(|bytes| bytes.checked_add(HEADER_BYTES));
         let ring_at = ring_at.ok_or(damaged("its sizes do not fit"))?;
-        if ring_at.checked_add(ring_bytes) != Some(words.len() * WORD) || slots == 0 || ring_bytes % WORD != 0
-        {
+        let fills = ring_at.checked_add(ring_bytes) == Some(words.len() * WORD);
+        if !fills || slots == 0 || ring_bytes == 0 || !ring_bytes.is_multiple_of(WORD) {
             return Err(damaged("its sizes do not fit"));
         }
         if start.volumes.len() > limits::VOLUMES_MAX {
@@ -388,8 +388,12 @@ impl Capture {
             let acked = VolumeWords::of(&map, at).acked().0.last_seq;
             volume.last_seq.max(volume.acked.last_seq).max(acked)
         });
-        let last_seq = last_seq.collect();
+        let last_seq: Vec<Seq> = last_seq.collect();
         let floor = start.floor.max(Timestamp(word(W_LAST_TIME)));
+        // Half the range is never reached, and leaves room to count on.
+        if last_seq.iter().any(|seq| seq.0 > u64::MAX / 2) || floor.0 > u64::MAX / 2 {
+            return Err(damaged("it counts further than anybody can"));
+        }
         words[W_CLEAN].store(0, Ordering::Release);
         Ok(Self {
             path: path.to_owned(),

@@ -5,9 +5,11 @@ use std::sync::atomic::Ordering;
 use twinfs_core::id::VolumeIndex;
 use twinfs_core::session::ChainPoint;
 use twinfs_core::stamp::{Seq, Stamp, Timestamp};
-use twinfs_core::update::{Intent, Note, UPDATE_HEADER_BYTES};
+use twinfs_core::update::{self, Intent, Note};
 
-use super::layout::{self, FREE, INTENT, NOTE_BYTES, SlotState, VolumeWords, W_DROPPED, intent_room, padded};
+use super::layout::{
+    self, FREE, INTENT, NOTE_BYTES, PUBLISHED, SlotState, VolumeWords, W_DROPPED, intent_room, padded,
+};
 use super::{Capture, Captured, SidefileError, lock};
 use crate::sys::map::WORD;
 
@@ -63,6 +65,7 @@ struct Found {
     intents: Vec<(u64, LeftIntent)>,
     /// Number, begin and end of the room of each slot in use.
     rooms: Vec<(u64, u64, u64)>,
+    encoded: Vec<u8>,
 }
 
 impl Capture {
@@ -73,7 +76,8 @@ impl Capture {
         for index in 0..self.slots {
             self.take_slot(index as u64, &mut found).map_err(damaged)?;
         }
-        let Found { mut published, mut set_ends, mut intents, rooms } = found;
+        let Found { mut published, mut set_ends, mut intents, mut rooms, .. } = found;
+        rooms.sort_unstable();
         published.sort_by_key(|captured| captured.stamp);
         set_ends.sort_by_key(|(_, point, _)| point.number);
         intents.sort_by_key(|(slot, _)| *slot);
@@ -98,11 +102,12 @@ impl Capture {
         drop(publish);
 
         let mut ring = lock(&self.ring);
-        if let (Some(first), Some(last)) = (rooms.iter().min(), rooms.iter().max()) {
+        if let (Some(first), Some(last)) = (rooms.first(), rooms.last()) {
             (ring.head_slot, ring.head_at) = (first.0, first.1);
             (ring.tail_slot, ring.tail_at) = (last.0 + 1, last.2);
             if ring.tail_slot - ring.head_slot > self.slots as u64
-                || ring.tail_at.checked_sub(ring.head_at).is_none_or(|used| used > self.ring_bytes as u64)
+                || rooms.windows(2).any(|pair| pair[0].2 > pair[1].1)
+                || ring.tail_at - ring.head_at > self.ring_bytes as u64
             {
                 return Err(damaged("its slots do not follow each other"));
             }
@@ -131,22 +136,28 @@ impl Capture {
         if state == FREE {
             return Ok(());
         }
+        if !matches!(state, INTENT | PUBLISHED) {
+            return Err("a slot is in no known state");
+        }
         let (slot, at) = (word(1), word(2));
         let (room, intent) = layout::halves(word(3));
         let (intent_len, skip) = (intent & 0xffff, intent >> 16);
+        if slot > u64::MAX / 2 || at > u64::MAX / 2 {
+            return Err("it counts further than anybody can");
+        }
         if slot % self.slots as u64 != index || room > self.ring_bytes {
             return Err("a slot is out of place");
         }
         let offset = (at % self.ring_bytes as u64) as usize;
         let noted = intent_room(intent_len) + NOTE_BYTES == skip;
-        if !offset.is_multiple_of(WORD)
+        if !(offset.is_multiple_of(WORD) && room.is_multiple_of(WORD))
             || offset + room > self.ring_bytes
             || skip > room
             || !(noted || intent_room(intent_len) == skip)
         {
             return Err("the room of a slot is outside the ring");
         }
-        found.rooms.push((slot, at, at.checked_add(room as u64).ok_or("a slot is out of place")?));
+        found.rooms.push((slot, at, at + room as u64));
         let begin = self.ring_at + offset;
         if state == INTENT {
             let mut bytes = Vec::new();
@@ -162,14 +173,16 @@ impl Capture {
         let (meta_len, data_len) = layout::halves(word(4));
         let meta_at = begin + skip;
         let data_at = meta_at + padded(meta_len);
-        if meta_len < UPDATE_HEADER_BYTES || skip + padded(meta_len) + padded(data_len) > room {
+        if skip + padded(meta_len) + padded(data_len) > room {
             return Err("an update is larger than its room");
         }
         let stamp = Stamp { time: Timestamp(word(5)), seq: Seq(word(6)) };
-        // The rest of the update is looked at when its record set is made.
-        let header = &self.map.words()[meta_at / WORD..];
-        let told = [1, 2].map(|at| u64::from_le(header[at].load(Ordering::Relaxed)));
-        if told != [stamp.time.0, stamp.seq.0] {
+        found.encoded.clear();
+        self.map.copy_out(meta_at, meta_len, &mut found.encoded);
+        let (update, len) =
+            update::decode_borrowed(&found.encoded, 0).map_err(|_| "an update does not decode")?;
+        let lengths = (len, update.op.data_len() as usize) == (meta_len, data_len);
+        if !lengths || update.stamp != stamp {
             return Err("an update is not the one that its slot names");
         }
         found.published.push(Captured { volume, stamp, slot, meta_at, meta_len, data_at, data_len });

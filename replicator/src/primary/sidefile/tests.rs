@@ -150,6 +150,45 @@ fn what_was_published_outlives_the_process() {
     assert!(matches!(Capture::open(&path, &other), Err(SidefileError::Damaged { .. })));
 }
 
+/// A sidefile with two updates and an intent, one word of it changed: it is refused, or used without harm.
+#[test]
+fn any_word_that_changed_is_refused_or_harmless() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sidefile");
+    let capture = sidefile(&dir);
+    write(&capture, V, b"some").unwrap();
+    write(&capture, VolumeIndex(1), b"data").unwrap();
+    std::mem::forget(reserve(&capture, V, 3));
+    let (slots, ring_at) = (capture.slots, capture.ring_at);
+    drop(capture);
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let map = SharedMap::new(&file).unwrap();
+    // Header, the first slots, and the start of the ring: whatever is used.
+    let slots_at = HEADER_BYTES / WORD;
+    let used = (0..64 + 2 * 24).chain(slots_at..slots_at + 4 * SLOT_WORDS);
+    let used: Vec<usize> = used.chain(ring_at / WORD..ring_at / WORD + 100).collect();
+    let before: Vec<u64> = used.iter().map(|at| map.words()[*at].load(Ordering::Relaxed)).collect();
+    let mut refused = 0;
+    let bits = [0, 1, 7, 16, 31, 33, 62, 63];
+    for (word, bit) in used.iter().flat_map(|word| bits.map(|bit| (*word, bit))) {
+        map.words()[word].fetch_xor(1 << bit, Ordering::Relaxed);
+        match Capture::open(&path, &start(&[StartVolume::NEW; 2])) {
+            Err(SidefileError::Damaged { .. }) => refused += 1,
+            Err(error) => panic!("{error}"),
+            Ok((again, _)) => {
+                let cut = again.cut(usize::MAX);
+                let mut out = Vec::new();
+                cut.updates.iter().for_each(|captured| again.copy_data(captured, &mut out));
+                again.set_link_up(true);
+                write(&again, V, b"next").unwrap();
+                again.release(&cut.updates);
+            }
+        }
+        used.iter().zip(&before).for_each(|(at, old)| map.words()[*at].store(*old, Ordering::Relaxed));
+    }
+    assert!(slots > 4 && refused > 100, "{refused}");
+}
+
 #[test]
 fn what_waits_to_be_cut_can_be_looked_at_in_parts() {
     let dir = tempfile::tempdir().unwrap();

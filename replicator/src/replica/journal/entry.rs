@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::Range;
 
 use twinfs_core::id::{FileId, GroupNumber, SetHash, SetNumber, VolumeInstance, VolumeName};
 use twinfs_core::limits;
@@ -28,6 +29,8 @@ pub(super) struct EntryNumber(pub(super) u64);
 impl EntryNumber {
     /// The first entry of a journal.
     pub(super) const FIRST: Self = Self(1);
+    /// What a number may be: half the range is never reached, and leaves room to count on.
+    pub(super) const RANGE: Range<u64> = 1..u64::MAX / 2;
 
     pub(super) const fn next(self) -> Self {
         Self(self.0 + 1)
@@ -127,7 +130,7 @@ impl EntryHeader {
             payload_sum: *payload_sum,
         };
         let good = bytes[5..8] == [0; 3]
-            && (EntryNumber::FIRST.0..u64::MAX).contains(&header.number.0)
+            && EntryNumber::RANGE.contains(&header.number.0)
             && header.synced < header.number
             && (1..=header.kind.payload_bytes_max()).contains(&(header.payload_len as usize));
         good.then_some(header)
@@ -248,10 +251,10 @@ impl Commit {
     /// Reads the encoded form, or says what is wrong.
     pub(super) fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
         let mut fields = Fields(bytes);
-        let group = GroupNumber(fields.u64()?);
-        let time = Timestamp(fields.u64()?);
+        let group = GroupNumber(fields.counter()?);
+        let time = Timestamp(fields.counter()?);
         let count = usize::from(u16::from_le_bytes(fields.array()?));
-        if group.0 == 0 || group.0 == u64::MAX {
+        if group.0 == 0 {
             return Err("a group number out of range");
         }
         if count > limits::VOLUMES_MAX {
@@ -288,6 +291,12 @@ impl<'a> Fields<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
+    /// A number or time that counts up from zero: half the range, so that adding to it never overflows.
+    fn counter(&mut self) -> Result<u64, &'static str> {
+        self.u64()
+            .and_then(|value| if value <= u64::MAX / 2 { Ok(value) } else { Err("a number out of range") })
+    }
+
     fn volume(&mut self) -> Result<CommitVolume, &'static str> {
         let [flags, name_len] = self.array()?;
         if flags & !(MEMBER | JOINS) != 0 || flags == JOINS {
@@ -300,12 +309,12 @@ impl<'a> Fields<'a> {
             root: FileId::from_bytes(&self.array()?).ok_or("a root of no volume instance")?,
             member: flags & MEMBER != 0,
             joins: flags & JOINS != 0,
-            through: Seq(self.u64()?),
+            through: Seq(self.counter()?),
             base: CommitBase {
-                number: SetNumber(self.u64()?),
+                number: SetNumber(self.counter()?),
                 hash: SetHash(self.array()?),
-                last_seq: Seq(self.u64()?),
-                end: Timestamp(self.u64()?),
+                last_seq: Seq(self.counter()?),
+                end: Timestamp(self.counter()?),
             },
         })
     }
@@ -358,7 +367,9 @@ mod tests {
         none.group = GroupNumber(0);
         let mut joins = commit(1);
         joins.volumes[0].joins = true;
-        for bad in [twice, none, joins, commit(limits::VOLUMES_MAX + 1), commit(70_000)] {
+        let mut far = commit(1);
+        far.volumes[0].base.last_seq = Seq(1 << 63);
+        for bad in [twice, none, joins, far, commit(limits::VOLUMES_MAX + 1), commit(70_000)] {
             assert!(matches!(bad.encode(), Err(JournalError::BadCommit { .. })));
         }
     }
@@ -395,6 +406,14 @@ mod tests {
         for (kind, len) in [(EntryKind::Set, 0), (EntryKind::Commit, limits::JOURNAL_CONTROL_BYTES_MAX + 1)] {
             let bad = EntryHeader { kind, payload_len: len as u32, ..header };
             assert_eq!(EntryHeader::decode(&bad.encode(&key()), &key()), None);
+        }
+        for number in [0, u64::MAX / 2, u64::MAX - 1, u64::MAX] {
+            let bad = EntryHeader { number: EntryNumber(number), synced: EntryNumber(0), ..header };
+            assert_eq!(
+                EntryHeader::decode(&bad.encode(&key()), &key()),
+                None,
+                "nobody can count on from {number}"
+            );
         }
         let bad = EntryHeader { synced: EntryNumber(5), ..header };
         assert_eq!(EntryHeader::decode(&bad.encode(&key()), &key()), None);

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use bytes::Bytes;
 use twinfs_core::delta::{DataRef, SetLocation};
-use twinfs_core::format::BadSet;
 use twinfs_core::format::v1::{Frame, FrameIndex, SetPrefix, Unpacker};
+use twinfs_core::format::{BadSet, UnverifiedSet};
 use twinfs_core::limits;
 
 use super::segment::Segment;
@@ -129,7 +129,7 @@ impl JournalReader {
         Ok(())
     }
 
-    /// Reads a whole record set, as it travelled. Only its header is verified here.
+    /// Reads a whole record set, as it travelled, every frame verified.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -140,7 +140,8 @@ impl JournalReader {
         let have = start.len().min(prefix.encoded_len());
         start.resize(prefix.encoded_len(), 0);
         segment.file.read_at(&mut start[have..], at.offset + have as u64)?;
-        Ok(start.into())
+        let set = UnverifiedSet(start.into()).verify().map_err(|bad| ReadError::Set { at, bad })?;
+        Ok(set.bytes().clone())
     }
 
     fn segment(&self, number: u64) -> Result<Arc<Segment>, ReadError> {

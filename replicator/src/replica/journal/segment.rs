@@ -137,7 +137,8 @@ impl SegmentHeader {
             && rest.iter().all(|b| *b == 0)
             && is_segment_size(this.bytes)
             && this.number > 0
-            && (EntryNumber::FIRST.0..u64::MAX).contains(&this.first_entry.0);
+            && this.number < u64::MAX / 2
+            && EntryNumber::RANGE.contains(&this.first_entry.0);
         if !sane {
             return Err(BadHeader::What("the header says what cannot be"));
         }
