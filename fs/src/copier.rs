@@ -12,9 +12,14 @@
 //!
 //! When the queue is empty, the replica has what the volume has: that is published as the end of the copy.
 //!
+//! A **resync** is the same, but for what it reads: not the tree, but what a change map names, see `level` and `reread`.
+//! Everything else counts as copied. The replica makes one group of all of it, so the order within it does not matter.
+//!
 //! [`Copier::prepare`] puts a copy in force, before the volume is mounted; [`Copier::start`] sets the walk going.
 
+mod level;
 mod object;
+mod reread;
 mod saved;
 mod state;
 mod symlink;
@@ -25,6 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use twinfs_core::change_map::ChangeMap;
 use twinfs_core::id::VolumeIndex;
 use twinfs_core::limits;
 use twinfs_replicator::primary::mover::CopyProgress;
@@ -71,6 +77,7 @@ impl CopyRoom for Capture {
 /// A copy that is being made, on a thread of its own. Dropped, it stops.
 #[derive(Debug)]
 pub struct Copier {
+    mirror: Arc<Mirror>,
     state: Arc<CopyState>,
     stopping: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -97,6 +104,23 @@ impl Copier {
         Ok(state)
     }
 
+    /// Puts the resync of a volume in force: from now on, operations of programs publish what the map does not name, and
+    /// note what it names. No operation may be under way: call it while the sidefile holds them, after its *resync* mark.
+    ///
+    /// # Errors
+    /// [`BadCopyState::NoVolume`].
+    pub fn prepare_resync(
+        mirror: &Mirror,
+        volume: VolumeIndex,
+        map: ChangeMap,
+    ) -> Result<Arc<CopyState>, BadCopyState> {
+        let known = mirror.volumes.iter().find(|known| known.index == volume);
+        let known = known.ok_or(BadCopyState::NoVolume)?;
+        let state = Arc::new(CopyState::resync(volume, known.root, map));
+        known.copy.turn_on(state.clone());
+        Ok(state)
+    }
+
     /// Starts the thread that copies.
     ///
     /// # Errors
@@ -105,9 +129,10 @@ impl Copier {
         let stopping = Arc::new(AtomicBool::new(false));
         let slot = mirror.volumes.iter().position(|known| known.index == state.volume());
         let slot = slot.ok_or_else(|| io::Error::other("the copy belongs to another mirror"))?;
-        let worker = Worker { mirror, state: state.clone(), room, stopping: stopping.clone(), slot };
+        let worker =
+            Worker { mirror: mirror.clone(), state: state.clone(), room, stopping: stopping.clone(), slot };
         let thread = std::thread::Builder::new().name("copier".to_owned()).spawn(move || worker.run())?;
-        Ok(Self { state, stopping, thread: Some(thread) })
+        Ok(Self { mirror, state, stopping, thread: Some(thread) })
     }
 
     /// How much is copied of what was found so far.
@@ -136,7 +161,30 @@ impl Copier {
         self.state.save()
     }
 
-    fn halt(&mut self) {
+    /// Stops the thread, and returns what is left of a resync's map, beside what programs have added to it: nothing if it is
+    /// complete. From here on whatever they do is published, or noted where it is dropped.
+    #[must_use]
+    pub fn leave(mut self) -> ChangeMap {
+        self.halt();
+        let left = self.state.leave();
+        if let Some(volume) = self.mirror.volumes.iter().find(|known| known.index == self.state.volume()) {
+            volume.copy.turn_off(&self.state);
+        }
+        left
+    }
+
+    /// Takes a resync back that was prepared and could not be started.
+    pub(crate) fn abandon(mirror: &Mirror, volume: VolumeIndex) {
+        if let Some(known) = mirror.volumes.iter().find(|known| known.index == volume)
+            && let Some(state) = known.copy.state()
+        {
+            drop(state.leave());
+            known.copy.turn_off(&state);
+        }
+    }
+
+    /// Stops the thread, in well under a second. What is done after that is for [`Self::stop`] or [`Self::leave`] to say.
+    pub(crate) fn halt(&mut self) {
         self.stopping.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();

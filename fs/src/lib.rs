@@ -15,6 +15,7 @@
 
 pub mod cli;
 pub mod copier;
+mod copies;
 pub mod credentials;
 pub mod daemon;
 pub mod errno;

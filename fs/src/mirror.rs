@@ -213,7 +213,7 @@ impl Reserved<'_> {
     /// Called under the locks of all that it touched.
     pub(crate) fn publish(self, op: Op<&[u8]>, attrs: AttrList, data: &[u8]) -> Option<Stamp> {
         failpoint::pass(FailPoint::BackingDone);
-        let stamp = if self.copy.admits(&op) { self.pending.publish(op, attrs, data) } else { None };
+        let stamp = if self.copy.admits(&op, &attrs) { self.pending.publish(op, attrs, data) } else { None };
         failpoint::pass(FailPoint::Published);
         stamp
     }

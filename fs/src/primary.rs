@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use twinfs_certs::Identity;
+use twinfs_core::change_map::ChangeMap;
 use twinfs_core::id::{
     Epoch, FileId, Incarnation, SessionId, SiteName, VolumeIndex, VolumeInstance, VolumeName,
 };
@@ -24,6 +25,7 @@ use twinfs_replicator::primary::store::{self, MarkKeeper};
 use twinfs_replicator::site::{SiteDir, State, VolumeState, replace_durably};
 
 use crate::copier::Copier;
+use crate::copies::{self, Copies};
 use crate::daemon::{self, Ended};
 use crate::holders;
 use crate::mirror::{self, Layout, Mirror, VolumeSource};
@@ -160,7 +162,7 @@ struct Opened {
 /// What the mover asks the file system layer.
 struct Layer {
     mirrors: Vec<Arc<Mirror>>,
-    copiers: Mutex<BTreeMap<VolumeIndex, Copier>>,
+    copies: Copies,
 }
 
 impl PathHints for Layer {
@@ -171,8 +173,23 @@ impl PathHints for Layer {
 
 impl Files for Layer {
     fn copy_progress(&self, volume: VolumeIndex) -> Option<CopyProgress> {
-        let copiers = self.copiers.lock().unwrap_or_else(PoisonError::into_inner);
-        copiers.get(&volume).map(Copier::progress)
+        self.copies.progress(volume)
+    }
+
+    fn start_resync(&self, volume: VolumeIndex, map: ChangeMap) {
+        self.copies.start_resync(Arc::clone(&self.mirrors[volume.as_usize()]), volume, map);
+    }
+
+    fn stop_resync(&self, volume: VolumeIndex) -> Option<ChangeMap> {
+        self.copies.stop_resync(volume)
+    }
+
+    fn resync_failed(&self, volume: VolumeIndex) -> bool {
+        self.copies.resync_failed(volume)
+    }
+
+    fn restart_copy(&self, volume: VolumeIndex) {
+        self.copies.restart_copy(Arc::clone(&self.mirrors[volume.as_usize()]), volume);
     }
 }
 
@@ -226,8 +243,10 @@ impl Running {
             }
         }
         capture.settle_left();
-        if suspended.is_some() {
-            capture.suspend();
+        let mut covered = false;
+        if let Some(why) = suspended {
+            covered = matches!(last_run, LastRun::Clean(_)) && take_up_changes(&site, &opened, &capture)?;
+            capture.suspend_again(why, covered);
             tracing::error!(reason, "the session is SUSPENDED: the mount works, but nothing is mirrored");
         }
 
@@ -254,14 +273,15 @@ impl Running {
         };
         let sender_volumes = sender_volumes(&site, &opened, survivors)?;
         let mut sender = Sender::new(config, sender_volumes, capture.now());
-        if let Some(reason) = suspended {
+        // If a resync can make it good, what was captured before the suspension goes to the replica first.
+        if let Some(reason) = suspended.filter(|reason| !(covered && is_passing(*reason))) {
             sender.handle_let_go();
             sender.suspend(reason);
         }
 
         let layer = Arc::new(Layer {
             mirrors: opened.iter().map(|opened| Arc::clone(&opened.mirror)).collect(),
-            copiers: Mutex::default(),
+            copies: Copies::new(Arc::clone(&capture)),
         });
         let mut copies = Vec::new();
         for (index, opened) in (0..).map(VolumeIndex).zip(&opened) {
@@ -311,8 +331,7 @@ impl Running {
         }
         for (index, prepared) in copies {
             let mirror = Arc::clone(&opened[index.as_usize()].mirror);
-            let copier = Copier::start(mirror, Arc::clone(&capture) as _, prepared)?;
-            layer.copiers.lock().unwrap_or_else(PoisonError::into_inner).insert(index, copier);
+            layer.copies.start_copy(mirror, prepared)?;
         }
         let primary = Arc::new(Mutex::new(Some(primary)));
         let control = control::Server::start(&site.control_socket(), Arc::new(Control(Arc::clone(&primary))))
@@ -324,16 +343,17 @@ impl Running {
     /// Ends cleanly: everything captured is kept, nothing stays mounted.
     fn stop(self) -> anyhow::Result<()> {
         let mut failed = self.mounts.unmount();
+        // Before the hold: their threads would wait in it.
+        self.layer.copies.halt();
         // Programs that still hold files of a detached mount wait from here on, and get an error when this process ends.
         if !self.capture.hold(STOP_PATIENCE) {
             tracing::warn!("operations under way do not end");
         }
-        let copiers = std::mem::take(&mut *self.layer.copiers.lock().unwrap_or_else(PoisonError::into_inner));
         let names: Vec<VolumeName> =
             self.lock_state().volumes.iter().map(|volume| volume.name.clone()).collect();
-        for (index, copier) in copiers {
+        for (index, saved) in self.layer.copies.take_copies() {
             let path = self.site.copy_state(&names[index.as_usize()]);
-            match copier.stop() {
+            match saved {
                 Some(state) => replace_durably(&path, &state)?,
                 None => drop(std::fs::remove_file(path)),
             }
@@ -364,6 +384,13 @@ impl Running {
             volume.last_seq = last_seq;
         }
         state.suspended = sender.suspended().or(self.capture.fill().suspended.then_some(SuspendReason::Lag));
+        if kept.iter().any(|volume| volume.state == CopyState::Resync) {
+            state.suspended = state.suspended.or(Some(SuspendReason::Link));
+        }
+        for (volume, changes) in names.iter().zip(&stopped.changes) {
+            let keep = state.suspended.is_some() && self.capture.is_covered();
+            copies::save_changes(&self.site, volume, keep.then_some(changes))?;
+        }
         state.clean = true;
         self.site.save_state(&state)?;
         match failed.pop() {
@@ -374,6 +401,26 @@ impl Running {
 
     fn lock_state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes up what the last run noted while it was suspended. Returns whether that is all of it.
+fn take_up_changes(site: &SiteDir, opened: &[Opened], capture: &Capture) -> anyhow::Result<bool> {
+    let mut covered = true;
+    for (index, opened) in (0..).map(VolumeIndex).zip(opened) {
+        match copies::load_changes(site, &opened.state.name)? {
+            Some(map) => capture.merge_changes(index, map),
+            None => covered = false,
+        }
+    }
+    Ok(covered)
+}
+
+/// Whether a session goes on by itself when a replica is there again.
+const fn is_passing(reason: SuspendReason) -> bool {
+    match reason {
+        SuspendReason::Link | SuspendReason::Lag | SuspendReason::Journal => true,
+        SuspendReason::Operator | SuspendReason::Error => false,
     }
 }
 

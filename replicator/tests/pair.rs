@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use twinfs_certs::Identity;
+use twinfs_core::change_map::ChangeMap;
 use twinfs_core::id::{
     Epoch, FileId, Incarnation, SessionId, SiteName, VolumeIndex, VolumeInstance, VolumeName,
 };
@@ -35,6 +36,18 @@ impl Files for NoFiles {
     fn copy_progress(&self, _: VolumeIndex) -> Option<CopyProgress> {
         None
     }
+
+    fn start_resync(&self, _: VolumeIndex, _: ChangeMap) {}
+
+    fn stop_resync(&self, _: VolumeIndex) -> Option<ChangeMap> {
+        None
+    }
+
+    fn resync_failed(&self, _: VolumeIndex) -> bool {
+        false
+    }
+
+    fn restart_copy(&self, _: VolumeIndex) {}
 }
 
 fn file(ino: u64) -> FileId {

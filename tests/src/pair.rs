@@ -322,6 +322,14 @@ impl Pair {
         }
     }
 
+    /// Waits until a daemon that was spawned answers, or has died already.
+    pub fn wait_running_or_dead(&mut self, site: &str) {
+        wait_for("the daemon to start", || {
+            let running = self.daemon(site).is_running();
+            (!running || self.try_status(site).is_some()).then_some(())
+        });
+    }
+
     /// Ends the daemon of a site with SIGTERM, and asserts that it ended well.
     pub fn stop(&mut self, site: &str) {
         self.daemon(site).stop();

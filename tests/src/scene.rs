@@ -129,17 +129,25 @@ impl Scene {
     /// Kills the daemon of a site now; with a fail point, starts it anew, to die there at the
     /// given passage, after standing still for so many milliseconds.
     pub fn kill(&mut self, side: Side, point: Option<(FailPoint, u64, u64)>) {
+        if side == Side::Primary {
+            // Nobody may come between two mounts: SQLite would find no database beside the log that the next mount brings,
+            // and remove the log.
+            self.loads.stay_lost();
+        }
+        let Some((point, passage, linger)) = point else { return self.pair.kill(site(side)) };
         match point {
             // Replayed is only what was not checkpointed.
-            Some((point, ..)) if point != FailPoint::Replayed => self.pair.stop(site(side)),
-            _ => self.pair.kill(site(side)),
+            FailPoint::Replayed => self.pair.kill(site(side)),
+            _ => self.pair.stop(site(side)),
         }
-        if let Some((point, passage, linger)) = point {
-            let point = format!("{}:{passage}:{linger}", point.name());
-            self.pair.fail_at(Some((site(side), point)));
-            self.pair.spawn(site(side));
-            self.pair.wait_killed(site(side));
-            self.pair.fail_at(None);
+        self.pair.fail_at(Some((site(side), format!("{}:{passage}:{linger}", point.name()))));
+        self.pair.spawn(site(side));
+        self.pair.wait_running_or_dead(site(side));
+        self.loads.connect_again();
+        self.pair.wait_killed(site(side));
+        self.pair.fail_at(None);
+        if side == Side::Primary {
+            self.loads.stay_lost();
         }
     }
 

@@ -42,7 +42,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 fn print(kept: &Kept, out: &mut impl Write) -> anyhow::Result<()> {
     writeln!(out, "Promoted {} into epoch {}.", kept.report.promoted.utc, kept.report.epoch)?;
-    for line in kept.report.lines() {
+    for line in kept.report.lines(usize::MAX) {
         writeln!(out, "{line}")?;
     }
     for update in kept.updates()? {

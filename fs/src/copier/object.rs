@@ -52,7 +52,7 @@ pub(super) type Step<T = ()> = Result<T, Halt>;
 
 /// Whether an object still has a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Life {
+pub(super) enum Life {
     Named,
     Gone,
 }
@@ -68,7 +68,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    fn volume(&self) -> &Volume {
+    pub(super) fn volume(&self) -> &Volume {
         &self.mirror.volumes[self.slot]
     }
 
@@ -86,23 +86,36 @@ impl Worker {
         }
     }
 
-    fn reserve(&self, intent: &Intent<'_>, payload: usize, data: usize) -> Step<Box<dyn Pending + '_>> {
+    pub(super) fn reserve(
+        &self,
+        intent: &Intent<'_>,
+        payload: usize,
+        data: usize,
+    ) -> Step<Box<dyn Pending + '_>> {
         self.wait_room()?;
         Ok(self.mirror.reserve_for_copy(self.volume(), intent, payload, data)?)
     }
 
-    /// Copies an object, and notes that.
+    /// Copies an object, or what changed of it, and notes that.
     pub(super) fn copy(&self, item: Item) -> Step {
         let (ino, generation) = item.key;
         let root = self.state.root();
         let id = FileId { ino, generation, ..root };
         let Some(target) = self.mirror.object(self.volume(), id)? else {
+            self.gone(id)?;
             self.state.skip();
             return Ok(());
         };
-        match self.parts(&target)? {
+        let life = match self.state.change().filter(|change| !change.is_whole()) {
+            Some(change) => self.reread(&target, &change)?,
+            None => self.parts(&target)?,
+        };
+        match life {
             Life::Named => self.state.finish(),
-            Life::Gone => self.state.skip(),
+            Life::Gone => {
+                self.gone(id)?;
+                self.state.skip();
+            }
         }
         Ok(())
     }
@@ -225,7 +238,7 @@ impl Worker {
         }
     }
 
-    fn name(&self, dir: &Target<'_>, name: &[u8]) -> Step {
+    pub(super) fn name(&self, dir: &Target<'_>, name: &[u8]) -> Step {
         let id = dir.node.id;
         let intent = Intent::Names { first: (id, name), second: None };
         let pending = self.reserve(&intent, name.len(), 0)?;
@@ -263,27 +276,33 @@ impl Worker {
 impl Mirror {
     /// Publishes the extended attributes of an object. Those that are set meanwhile are published by whoever sets them.
     pub(super) fn copy_xattrs(&self, target: &Target<'_>) -> Step {
-        let file = target.node.id;
         let mut names = vec![0; limits::XATTR_VALUE_BYTES_MAX];
         let len = match listxattr(fd_path(target), names.as_mut_slice()) {
             Err(Errno::OPNOTSUPP) => 0,
             other => other?,
         };
         for name in names[..len].split(|byte| *byte == 0).filter(|name| is_mirrored(name)) {
-            // Until its value has not grown since room was reserved for it.
-            while let Some(room) = self.xattr_len(target, name)? {
-                let intent = Intent::Attrs { file };
-                let pending = self.reserve_for_copy(target.volume, &intent, name.len() + room, 0)?;
-                let _guard = self.stripes.lock(&[file]);
-                let Some(value) = self.read_xattr(target, name)? else { break };
-                if value.len() <= room {
-                    let op = Op::SetXattr { file, name, value: value.as_slice() };
-                    publish(pending, op, attrs_of(&[(file, &fstat(&target.fd)?)]), &[])?;
-                    break;
-                }
-            }
+            self.copy_xattr(target, name)?;
         }
         Ok(())
+    }
+
+    /// Publishes one extended attribute as it is now. Returns whether it is there.
+    pub(super) fn copy_xattr(&self, target: &Target<'_>, name: &[u8]) -> Step<bool> {
+        let file = target.node.id;
+        // Until its value has not grown since room was reserved for it.
+        while let Some(room) = self.xattr_len(target, name)? {
+            let intent = Intent::Attrs { file };
+            let pending = self.reserve_for_copy(target.volume, &intent, name.len() + room, 0)?;
+            let _guard = self.stripes.lock(&[file]);
+            let Some(value) = self.read_xattr(target, name)? else { break };
+            if value.len() <= room {
+                let op = Op::SetXattr { file, name, value: value.as_slice() };
+                publish(pending, op, attrs_of(&[(file, &fstat(&target.fd)?)]), &[])?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 

@@ -4,10 +4,12 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use twinfs_core::change_map::{Change, ChangeMap};
 use twinfs_core::id::{FileId, VolumeIndex};
-use twinfs_core::update::{Kind, Op};
+use twinfs_core::update::{AttrList, Kind, Op};
 use twinfs_replicator::primary::mover::CopyProgress;
 
+use super::level::Level;
 use super::saved::{BadCopyState, Saved};
 
 /// An object of the volume: inode number and generation.
@@ -29,14 +31,20 @@ enum Stage {
 
 /// The one object that is being copied.
 #[derive(Debug, Clone, Copy)]
-struct Current {
-    item: Item,
+pub(super) struct Current {
+    pub(super) item: Item,
     /// Up to here its content is as the replica will have it: beyond it, the replica has nothing but zeros.
     /// [`WHOLE`] if all of it is.
-    cursor: u64,
+    pub(super) cursor: u64,
     /// Its `Object` update is published.
-    started: bool,
+    pub(super) started: bool,
     copied_bytes: u64,
+}
+
+impl Current {
+    pub(super) const fn new(item: Item, cursor: u64, started: bool) -> Self {
+        Self { item, cursor, started, copied_bytes: 0 }
+    }
 }
 
 /// The cursor of an object whose content is copied, or that has none.
@@ -50,6 +58,8 @@ pub(super) const WHOLE: u64 = u64::MAX;
 pub struct CopyState {
     volume: VolumeIndex,
     root: FileId,
+    /// It is a resync: all that it publishes becomes one group.
+    resync: bool,
     complete: AtomicBool,
     /// **Lock order**: below the stripes. Nothing is published under it but the end of the copy.
     inner: Mutex<Inner>,
@@ -58,6 +68,10 @@ pub struct CopyState {
 #[derive(Debug, Default)]
 struct Inner {
     complete: bool,
+    /// What is left of a resync; there is no walk then.
+    level: Option<Level>,
+    /// Nothing is copied any more, and whatever programs do is somebody else's to note.
+    left: bool,
     /// The objects that were found; those not in here have not been met yet.
     stages: HashMap<Key, Stage>,
     /// Taken from the back, so that a directory is followed by what is in it.
@@ -68,7 +82,7 @@ struct Inner {
     bytes_copied: u64,
 }
 
-fn key(file: FileId) -> Key {
+pub(super) fn key(file: FileId) -> Key {
     (file.ino, file.generation)
 }
 
@@ -91,7 +105,45 @@ impl CopyState {
                 (inner.files_copied, inner.bytes_copied) = (saved.files_copied, saved.bytes_copied);
             }
         }
-        Ok(Self { volume, root, complete: AtomicBool::new(false), inner: Mutex::new(inner) })
+        Ok(Self { volume, root, resync: false, complete: AtomicBool::new(false), inner: Mutex::new(inner) })
+    }
+
+    /// The resync of what a change map names; of the whole tree, by a walk like that of a copy, if it says so.
+    pub(super) fn resync(volume: VolumeIndex, root: FileId, map: ChangeMap) -> Self {
+        let mut inner = Inner::default();
+        if map.is_everything() {
+            inner.push(Item { key: key(root), bytes: 0 });
+        } else {
+            inner.level = Some(Level::new(map));
+        }
+        Self { volume, root, resync: true, complete: AtomicBool::new(false), inner: Mutex::new(inner) }
+    }
+
+    pub(super) fn is_resync(&self) -> bool {
+        self.resync
+    }
+
+    /// Ends a resync before its time, and says what of its map is left: from here on whatever programs do is published.
+    pub(super) fn leave(&self) -> ChangeMap {
+        let mut inner = self.lock();
+        let mut left = ChangeMap::default();
+        match inner.level.take() {
+            _ if inner.complete => {}
+            Some(level) => left = level.leave(),
+            None => left.note_everything(),
+        }
+        inner.left = true;
+        left
+    }
+
+    /// What is to be read of the current object, in a resync of what a map names.
+    pub(super) fn change(&self) -> Option<Change> {
+        self.lock().level.as_ref().and_then(Level::doing).cloned()
+    }
+
+    /// Content of the current object from here on has to be read again: programs have moved it.
+    pub(super) fn moved(&self) -> Option<u64> {
+        self.lock().level.as_mut().and_then(Level::take_moved)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -121,9 +173,10 @@ impl CopyState {
         let (files_left, bytes_left) = inner
             .current
             .map_or((0, 0), |current| (1, current.item.bytes.saturating_sub(current.copied_bytes)));
+        let waiting = inner.level.as_ref().map_or(inner.waiting.len(), Level::len);
         CopyProgress {
             files_copied: inner.files_copied,
-            files_total: inner.files_copied + inner.waiting.len() as u64 + files_left,
+            files_total: inner.files_copied + waiting as u64 + files_left,
             bytes_copied: inner.bytes_copied,
             bytes_total: inner.bytes_copied + inner.waiting_bytes + bytes_left,
         }
@@ -154,14 +207,14 @@ impl CopyState {
 
     // ---- for the operations of programs ----
 
-    fn admits(&self, op: &Op<&[u8]>) -> bool {
-        self.lock().admits(op)
+    fn admits(&self, op: &Op<&[u8]>, attrs: &AttrList) -> bool {
+        self.lock().admits(op, attrs)
     }
 
     /// Notes an object that is about to get a name in a place where the walk may have been already.
     pub(super) fn found(&self, file: FileId, bytes: u64) {
         let mut inner = self.lock();
-        if !inner.complete && !inner.stages.contains_key(&key(file)) {
+        if inner.is_walk() && !inner.stages.contains_key(&key(file)) {
             inner.push(Item { key: key(file), bytes });
         }
     }
@@ -177,7 +230,7 @@ impl CopyState {
                 || inner.stages.get(&key(file)) == Some(&Stage::Copied),
                 |current| current.started,
             );
-            !inner.complete && !is_known
+            inner.is_walk() && !is_known
         }
     }
 
@@ -205,11 +258,16 @@ impl CopyState {
     /// Takes the next object.
     pub(super) fn next(&self) -> Option<Item> {
         let mut inner = self.lock();
+        if let Some(level) = &mut inner.level {
+            let current = level.next();
+            inner.current = current;
+            return current.map(|current| current.item);
+        }
         loop {
             let item = inner.waiting.pop_back()?;
             inner.waiting_bytes -= item.bytes;
             if inner.stages.get(&item.key) == Some(&Stage::Waiting) {
-                inner.current = Some(Current { item, cursor: 0, started: false, copied_bytes: 0 });
+                inner.current = Some(Current::new(item, 0, false));
                 return Some(item);
             }
         }
@@ -241,8 +299,11 @@ impl CopyState {
     pub(super) fn finish(&self) {
         let mut inner = self.lock();
         if let Some(current) = inner.current.take() {
-            inner.stages.insert(current.item.key, Stage::Copied);
             inner.files_copied += 1;
+            match &mut inner.level {
+                Some(level) => level.finish(),
+                None => _ = inner.stages.insert(current.item.key, Stage::Copied),
+            }
         }
     }
 
@@ -252,6 +313,9 @@ impl CopyState {
         if let Some(current) = inner.current.take() {
             inner.stages.remove(&current.item.key);
             inner.bytes_copied -= current.copied_bytes;
+            if let Some(level) = &mut inner.level {
+                level.finish();
+            }
         }
     }
 
@@ -260,6 +324,9 @@ impl CopyState {
         let mut inner = self.lock();
         if let Some(current) = inner.current.take() {
             inner.bytes_copied -= current.copied_bytes;
+            if let Some(level) = &mut inner.level {
+                return level.put_back();
+            }
             inner.waiting_bytes += current.item.bytes;
             inner.waiting.push_front(current.item);
         }
@@ -269,7 +336,10 @@ impl CopyState {
     /// if it says so.
     pub(super) fn complete(&self, publish: impl FnOnce() -> bool) -> Option<bool> {
         let mut inner = self.lock();
-        if !inner.waiting.is_empty() {
+        if inner.level.as_ref().is_some_and(Level::is_lost) {
+            return Some(false);
+        }
+        if !inner.waiting.is_empty() || inner.level.as_ref().is_some_and(|level| !level.is_empty()) {
             return None;
         }
         let published = publish();
@@ -289,9 +359,16 @@ impl Inner {
         self.waiting.push_back(item);
     }
 
-    fn admits(&mut self, op: &Op<&[u8]>) -> bool {
-        if self.complete {
+    fn is_walk(&self) -> bool {
+        !self.complete && !self.left && self.level.is_none()
+    }
+
+    fn admits(&mut self, op: &Op<&[u8]>, attrs: &AttrList) -> bool {
+        if self.complete || self.left {
             return true;
+        }
+        if let Some(level) = &mut self.level {
+            return level.admits(self.current.as_mut(), op, attrs);
         }
         match *op {
             // Born while the walk goes on: every change of it is published.
@@ -301,7 +378,7 @@ impl Inner {
             }
             // What a name stands for is always published, so that no name is lost between two places of the walk.
             Op::Link { .. } | Op::Unlink { .. } | Op::Rename { .. } | Op::Exchange { .. } => true,
-            Op::Object { .. } | Op::Bind { .. } | Op::Complete => true,
+            Op::Object { .. } | Op::Bind { .. } | Op::Unbind { .. } | Op::Complete | Op::Resync => true,
             Op::Write { file, .. }
             | Op::Truncate { file, .. }
             | Op::Zero { file, .. }
@@ -322,7 +399,7 @@ impl Inner {
 
 /// Whether a change of the object that is being copied must be published; the cursor goes with it. Afterwards it holds
 /// again that the replica's content is right below the cursor, and nothing but zeros from there on.
-fn follow(cursor: &mut u64, op: &Op<&[u8]>) -> bool {
+pub(super) fn follow(cursor: &mut u64, op: &Op<&[u8]>) -> bool {
     if *cursor == WHOLE {
         return true;
     }
@@ -377,8 +454,8 @@ impl CopySwitch {
 
     /// Whether an update must be published; if not, the copy reads later what the operation did. Called under the stripes
     /// of all that the update changes, right before it is published.
-    pub(crate) fn admits(&self, op: &Op<&[u8]>) -> bool {
-        self.state().is_none_or(|state| state.admits(op))
+    pub(crate) fn admits(&self, op: &Op<&[u8]>, attrs: &AttrList) -> bool {
+        self.state().is_none_or(|state| state.admits(op, attrs))
     }
 
     /// Whether a copy is going on, and an object is a symlink that the replica does not know yet.
@@ -480,22 +557,22 @@ mod tests {
         let (root, file) = (sample_file(1), sample_file(2));
         let switch = CopySwitch::default();
         let op = Op::SetAttr { file };
-        assert!(switch.admits(&op), "there is no copy");
+        assert!(switch.admits(&op, &AttrList::new()), "there is no copy");
         let state = Arc::new(CopyState::new(VolumeIndex(0), root, None).unwrap());
         switch.turn_on(state.clone());
-        assert!(!switch.admits(&op));
+        assert!(!switch.admits(&op, &AttrList::new()));
         assert_eq!(state.complete(|| true), None, "the root waits");
         state.next().unwrap();
         state.finish();
         assert_eq!(state.complete(|| false), Some(false));
         assert!(state.save().is_some());
         assert_eq!(state.complete(|| true), Some(true));
-        assert!(state.save().is_none() && switch.admits(&op), "complete");
+        assert!(state.save().is_none() && switch.admits(&op, &AttrList::new()), "complete");
         let next = Arc::new(CopyState::new(VolumeIndex(0), root, None).unwrap());
         switch.turn_on(next.clone());
         switch.turn_off(&state);
-        assert!(!switch.admits(&op), "another copy is in force");
+        assert!(!switch.admits(&op, &AttrList::new()), "another copy is in force");
         switch.turn_off(&next);
-        assert!(switch.admits(&op) && switch.state().is_none());
+        assert!(switch.admits(&op, &AttrList::new()) && switch.state().is_none());
     }
 }

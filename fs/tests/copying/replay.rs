@@ -16,13 +16,20 @@ pub type Record = (VolumeIndex, Update, Vec<u8>);
 /// Folds all records, and lists what is there then.
 pub fn replayed(root: FileId, records: &[Record]) -> Listing {
     let mut delta = Delta::default();
+    let mut resyncing = false;
     for (number, (_, update, _)) in records.iter().enumerate() {
         let set = SetLocation { segment: number as u64, offset: 0 };
         let data = matches!(update.op, Op::Write { .. }).then_some(DataRef { set, offset: 0 });
         delta.fold(update, data);
+        // All of a resync becomes one group.
+        match update.op {
+            Op::Resync => resyncing = true,
+            Op::Complete => resyncing = false,
+            _ => {}
+        }
         for (file, attr) in update.attrs.iter().filter(|(_, attr)| attr.kind() == Some(Kind::Symlink)) {
             // A replica can make any other object before it knows what is in it.
-            let known = attr.nlink == 0 || !layers::tree_counts(&[&delta], *file);
+            let known = resyncing || attr.nlink == 0 || !layers::tree_counts(&[&delta], *file);
             assert!(known, "record {number} names a symlink that was not copied: {update:?}");
         }
     }

@@ -12,9 +12,10 @@ use twinfs::fuse;
 use twinfs::mirror::{Layout, Mirror, VolumeSource, open_source};
 use twinfs::mount::{MountOptions, Mounted, Unmounted};
 use twinfs::recorder::{Pending, Recorder};
+use twinfs_core::change_map::ChangeMap;
 use twinfs_core::id::{VolumeIndex, VolumeInstance, VolumeName};
 use twinfs_core::stamp::{Seq, Stamp, Timestamp};
-use twinfs_core::update::{AttrList, Intent, Note, Op, Update};
+use twinfs_core::update::{AttrList, Intent, Note, Op, Update, sample_file};
 use twinfs_replicator::primary::sidefile::{Refused, Wanted};
 
 /// An update and its data.
@@ -26,6 +27,8 @@ pub struct Tape {
     records: Mutex<(u64, Vec<Record>)>,
     /// Set: nothing may be written any more.
     pub fenced: std::sync::atomic::AtomicBool,
+    /// Set: updates are dropped, and noted here.
+    dropped: Mutex<Option<ChangeMap>>,
 }
 
 struct Slot<'a> {
@@ -39,6 +42,21 @@ impl Tape {
     /// Takes what was recorded since the last call.
     pub fn take(&self) -> Vec<Record> {
         std::mem::take(&mut self.records.lock().unwrap().1)
+    }
+
+    /// Drops updates from now on, and notes what they touched.
+    pub fn suspend(&self) {
+        self.dropped.lock().unwrap().get_or_insert_default();
+    }
+
+    /// Keeps updates again; what was left of an earlier resync is merged into what was noted. Returns that.
+    pub fn resume(&self, left: ChangeMap) -> ChangeMap {
+        let mut map = left;
+        map.merge(self.dropped.lock().unwrap().take().unwrap_or_default());
+        let pending =
+            self.reserve(VOLUME, &Intent::Names { first: (sample_file(1), b"-"), second: None }, 99, 0);
+        let _stamp = pending.unwrap().publish(Op::Resync, AttrList::new(), &[]);
+        map
     }
 }
 
@@ -83,6 +101,10 @@ impl Pending for Slot<'_> {
     fn note(&self, _note: Note) {}
 
     fn publish(self: Box<Self>, op: Op<&[u8]>, attrs: AttrList, data: &[u8]) -> Option<Stamp> {
+        if let Some(dropped) = self.tape.dropped.lock().unwrap().as_mut() {
+            dropped.note(&op, &attrs);
+            return None;
+        }
         let mut records = self.tape.records.lock().unwrap();
         records.0 += 1;
         let number = records.0;

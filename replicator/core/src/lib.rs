@@ -13,10 +13,12 @@
 //! * [`wire`] – the other messages that sites exchange.
 //! * [`session`] – the state machines of both ends: handshake, sender, receiver.
 //! * [`delta`] – the net effect of a run of updates; what the replica's view is made of.
+//! * [`change_map`] – the same without data: what changed while data could not be kept.
 //! * [`loss`] – what a promote without the primary gives up.
 //! * [`model`] – a naive file system tree, the oracle of the tests.
 #![forbid(unsafe_code)]
 
+pub mod change_map;
 pub mod delta;
 pub mod format;
 pub mod id;

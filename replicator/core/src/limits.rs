@@ -246,6 +246,27 @@ pub const COPY_ROOM_WAIT_MS: u64 = 100;
 /// Pause of a copy after an object that could not be read, in milliseconds.
 pub const COPY_RETRY_MS: u64 = 1_000;
 
+// ---- change map and resync ----
+
+/// Ranges of a change map begin and end at multiples of this many bytes.
+pub const CHANGE_GRANULE_BYTES: u64 = 4096;
+/// Most ranges that a change map holds of one file; then the smallest gaps between them are closed.
+pub const CHANGE_RANGES_MAX: usize = 4096;
+/// Memory of a change map, estimated, in bytes. Past it the map becomes coarser, and in the end says "everything".
+pub const CHANGE_MAP_BYTES_MAX: usize = 64 << 20;
+/// Updates of one resync, with what programs wrote meanwhile: the replica holds all of them for one group. A primary that
+/// needs more gives the resync up, loudly.
+pub const RESYNC_UPDATES_MAX: u64 = 200_000;
+/// First pause before a resync that ran out of room is tried again, in nanoseconds; it doubles each time.
+pub const RESYNC_PAUSE_NS: u64 = 1_000_000_000;
+/// Longest such pause, in nanoseconds.
+pub const RESYNC_PAUSE_NS_MAX: u64 = 60_000_000_000;
+
+const _: () = {
+    assert!(CHANGE_GRANULE_BYTES.is_power_of_two());
+    assert!(RESYNC_PAUSE_NS <= RESYNC_PAUSE_NS_MAX);
+};
+
 // ---- the loss report ----
 
 /// Lost updates that a promote prints; `twinfs loss` prints all.

@@ -242,7 +242,10 @@ impl Model {
             Op::RemoveXattr { file, name } => {
                 assert!(self.get(*file).xattrs.remove(name).is_some(), "no such xattr: {update:?}");
             }
-            Op::SetAttr { .. } | Op::Complete => {}
+            Op::Unbind { dir, name } => {
+                self.get(*dir).names.remove(name);
+            }
+            Op::SetAttr { .. } | Op::Complete | Op::Resync => {}
         }
         for (file, attr) in update.attrs.iter() {
             self.get(*file).attr = *attr;

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! offset  bytes  meaning
-//!      0      2  version, 1
+//!      0      2  version, 2 (version 1 lacked what names stand for)
 //!      2      2  number of tokens, at most TOKEN_BATCH_MAX
 //!      4      1  length of the volume name
 //!      5      n  volume name
@@ -29,7 +29,7 @@ use crate::stamp::{Seq, Stamp, Timestamp};
 use crate::update::{Op, OpKind, Update, is_file_name, is_xattr_name};
 
 /// Version of the byte form of token batches.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The address of one update.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,6 +78,7 @@ impl Token {
             | Op::Link { name, .. }
             | Op::Unlink { name, .. }
             | Op::Bind { name, .. }
+            | Op::Unbind { name, .. }
             | Op::Rename { from: name, .. }
             | Op::Exchange { a: name, .. }
             | Op::SetXattr { name, .. }
@@ -211,8 +212,9 @@ const fn has_range_and_name(op: OpKind) -> (bool, bool) {
         | OpKind::Exchange
         | OpKind::SetXattr
         | OpKind::RemoveXattr
-        | OpKind::Bind => (false, true),
-        OpKind::SetAttr | OpKind::Object | OpKind::Complete => (false, false),
+        | OpKind::Bind
+        | OpKind::Unbind => (false, true),
+        OpKind::SetAttr | OpKind::Object | OpKind::Complete | OpKind::Resync => (false, false),
     }
 }
 
@@ -263,7 +265,8 @@ impl Token {
     fn decode(reader: &mut Reader<'_>) -> Result<Self, BadTokens> {
         let op = OpKind::from_u8(reader.u8()?).ok_or(reader.bad("unknown operation"))?;
         let stamp = Stamp { time: Timestamp(reader.u64()?), seq: Seq(reader.u64()?) };
-        let file = if op == OpKind::Complete { None } else { Some(reader.file()?) };
+        let is_mark = matches!(op, OpKind::Complete | OpKind::Resync);
+        let file = if is_mark { None } else { Some(reader.file()?) };
         let (has_range, has_name) = has_range_and_name(op);
         let range = if has_range { (reader.u64()?, reader.u64()?) } else { (0, 0) };
         if range.0.checked_add(range.1).is_none_or(|end| end > limits::FILE_BYTES_MAX) {

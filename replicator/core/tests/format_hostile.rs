@@ -188,11 +188,18 @@ fn tokens_that_cannot_be_are_refused() {
         let op = Op::RemoveXattr { file: file(40), name: name.into() };
         encode(&[Token::of(&update(0, op, &[]))])
     };
+    let second = |name: &[u8]| {
+        let mut tokens = honest.clone();
+        tokens[2].to.as_mut().unwrap().name = name.into();
+        encode(&tokens)
+    };
     assert!(TokenBatch::decode(&encode(&honest)).is_ok() && TokenBatch::decode(&xattr(b"user.a")).is_ok());
     let cases = [
         ("a name that climbs", with(|tokens| tokens[0].name = (*b"..").into())),
         ("a name with a slash", with(|tokens| tokens[0].name = (*b"a/b").into())),
         ("no name", with(|tokens| tokens[2].name = [].into())),
+        ("a second name that climbs", second(b"..")),
+        ("no second name", second(b"")),
         ("an xattr of twinfs", xattr(b"trusted.twinfs.id")),
         ("a range at 2^63", with(|tokens| tokens[1].range = (1 << 63, 0))),
         ("a range that overflows", with(|tokens| tokens[1].range = (u64::MAX, 1))),
@@ -209,9 +216,9 @@ fn tokens_that_cannot_be_are_refused() {
         assert!(matches!(error, BadTokens::Malformed { .. }), "{what}: {error}");
     }
     let mut bytes = encode(&honest);
-    bytes[0] = 2;
-    assert_eq!(TokenBatch::decode(&bytes), Err(BadTokens::Version(2)));
     bytes[0] = 1;
+    assert_eq!(TokenBatch::decode(&bytes), Err(BadTokens::Version(1)));
+    bytes[0] = 2;
     bytes[5] = b'/';
     assert!(TokenBatch::decode(&bytes).is_err());
 }
@@ -411,7 +418,7 @@ fn updates_that_cannot_be_are_refused() {
         ("bytes left over in an update", padded),
         ("a flag that is neither", flag),
         ("operation 0", change(|bytes| bytes[4] = 0)),
-        ("an unknown operation", change(|bytes| bytes[4] = 17)),
+        ("an unknown operation", change(|bytes| bytes[4] = 19)),
         ("the last operation", change(|bytes| bytes[4] = 255)),
         ("too many attributes", change(|bytes| bytes[5] = 5)),
         ("attributes that are not there", change(|bytes| bytes[5] = 2)),

@@ -51,7 +51,7 @@ fn take(receiver: &mut Receiver, set: &TestSet) {
 }
 
 fn token(volume: usize, seq: u64, time: u64) -> Token {
-    Token::of(&update(volume, Seq(seq), Change { time, complete: false }))
+    Token::of(&update(volume, Seq(seq), Change::write(time)))
 }
 
 /// What the primary did, and what it made of it.
@@ -93,8 +93,7 @@ fn world(rng: &mut Rng) -> World {
             while !rest.is_empty() {
                 let (now, later) = rest.split_at(rng.within(1, rest.len() as u64) as usize);
                 let end = if later.is_empty() { time } else { now[now.len() - 1] };
-                let changes: Vec<_> =
-                    now.iter().map(|time| Change { time: *time, complete: false }).collect();
+                let changes: Vec<_> = now.iter().map(|time| Change::write(*time)).collect();
                 world.sent.push(Parcel::Set(volume, Box::new(chains[volume].set(&changes, end))));
                 rest = later;
             }

@@ -47,13 +47,13 @@ fn script(rng: &mut Rng) -> Script {
             let volume = rng.below(volumes as u64) as usize;
             if rng.chance(busy[volume]) {
                 time += rng.within(1, 5);
-                captured[volume].push(Change { time, complete: false });
+                captured[volume].push(Change::write(time));
             }
         }
         for volume in 0..volumes {
             if completes[volume] == cut && !script.members[volume] {
                 time += 1;
-                captured[volume].push(Change { time, complete: true });
+                captured[volume].push(Change::complete(time));
             }
         }
         time += rng.below(3);

@@ -56,7 +56,7 @@ fn connect(sender: &mut TestSender, receiver: &mut Receiver) -> Result<usize, Re
 /// A set of `updates` updates whose first one has the sequence number as its time.
 fn issue(sender: &mut TestSender, updates: u64) -> TestSet {
     let link = sender.link(A).unwrap();
-    let times = (0..updates).map(|at| Change { time: link.first_seq.0 + at, complete: false });
+    let times = (0..updates).map(|at| Change::write(link.first_seq.0 + at));
     let changes: Vec<_> = times.collect();
     let set = make_set(0, link, &changes, changes.last().unwrap().time);
     sender.handle_issued(A, set.clone().issued(100)).unwrap();

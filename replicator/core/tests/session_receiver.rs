@@ -280,7 +280,7 @@ fn a_copied_volume_flows_unseen_and_joins_with_a_group() {
     assert_eq!((plan.number, plan.time, plan.joins.len()), (GroupNumber(1), Timestamp::ZERO, 0));
     assert_eq!(plan.volumes[0].through, Seq(2));
     // The mark is there, but the member is behind it: what is before the mark goes on.
-    let change = |time, complete| Change { time, complete };
+    let change = |time, complete| if complete { Change::complete(time) } else { Change::write(time) };
     take(&mut receiver, &b.set(&[change(14, false), change(20, true), change(22, false)], 24));
     let plan = commit(&mut receiver);
     assert_eq!((plan.time, plan.volumes[0].through), (Timestamp::ZERO, Seq(3)));
@@ -302,7 +302,7 @@ fn a_volume_that_is_behind_what_is_shown_joins_later() {
     let mut receiver = receiver(&[true, false]);
     take(&mut receiver, &a.writes(&[10, 50]));
     assert_eq!(commit(&mut receiver).time, Timestamp(50));
-    take(&mut receiver, &b.set(&[Change { time: 20, complete: true }], 40));
+    take(&mut receiver, &b.set(&[Change::complete(20)], 40));
     assert_eq!(receiver.poll_group(), None, "time would go back to 40");
     offer(&mut receiver, &b.null(50)).unwrap();
     let plan = commit(&mut receiver);
@@ -371,7 +371,7 @@ fn what_is_held_is_bounded_and_the_bound_never_stops_time() {
 fn tokens_wait_for_their_updates() {
     let mut chain = Chain::new(0);
     let (first, second) = (chain.writes(&[10, 20]), chain.writes(&[30]));
-    let token = |seq, time| Token::of(&update(0, Seq(seq), Change { time, complete: false }));
+    let token = |seq, time| Token::of(&update(0, Seq(seq), Change::write(time)));
     let mut receiver = receiver(&[true]);
     take(&mut receiver, &first);
     let all = vec![token(1, 10), token(2, 20), token(3, 30), token(3, 30), token(9, 90)];

@@ -44,7 +44,7 @@ fn welcome(time: Timestamp) -> Welcome {
 }
 
 fn issue(sender: &mut TestSender, volume: VolumeIndex, time: u64, bytes: u64) -> SetNumber {
-    issue_change(sender, volume, Change { time, complete: false }, bytes)
+    issue_change(sender, volume, Change::write(time), bytes)
 }
 
 fn issue_change(sender: &mut TestSender, volume: VolumeIndex, change: Change, bytes: u64) -> SetNumber {
@@ -116,7 +116,7 @@ fn sets_are_chained_and_null_sets_repeat_the_last() {
     sender.handle_null_issued(A, Timestamp(50)).unwrap();
     let next = sender.link(A).unwrap();
     assert_eq!((next.number, next.predecessor, next.start), (SetNumber(2), hash, Timestamp(50)));
-    let skipped = make_set(0, next, &[Change { time: 60, complete: false }], 60).issued(1);
+    let skipped = make_set(0, next, &[Change::write(60)], 60).issued(1);
     let skipped = twinfs_core::session::sender::IssuedSet { number: SetNumber(3), ..skipped };
     let refused = SenderError::NotNext { number: SetNumber(3), next: SetNumber(2) };
     assert_eq!(sender.handle_issued(A, skipped), Err(refused));
@@ -212,13 +212,13 @@ fn a_volume_is_a_member_when_its_mark_is_durable_and_shown() {
     sender.handle_copy_started(A).unwrap();
     sender.handle_copy_started(B).unwrap();
     assert_eq!(sender.session_state(), SessionState::Copy);
-    issue_change(&mut sender, A, Change { time: 10, complete: true }, 1);
+    issue_change(&mut sender, A, Change::complete(10), 1);
     sender.handle_progress(shows(10));
     assert_eq!(sender.volume_state(A), Some(VolumeState::Copy), "its mark is not acknowledged");
     ack(&mut sender, A, 1).unwrap();
     assert_eq!(sender.volume_state(A), Some(VolumeState::Duplex));
     assert_eq!(sender.session_state(), SessionState::Copy);
-    issue_change(&mut sender, B, Change { time: 20, complete: true }, 1);
+    issue_change(&mut sender, B, Change::complete(20), 1);
     ack(&mut sender, B, 1).unwrap();
     sender.handle_progress(shows(19));
     assert_eq!(sender.volume_state(B), Some(VolumeState::Copy), "the group with its mark is not shown");

@@ -6,6 +6,7 @@
 //!
 //! * prefix: what is shown is every member's updates up to the consistency time, and none after it;
 //! * atomicity: a group is shown as a whole or not at all, and time and group numbers never go back within a run;
+//! * whole: no volume is shown as it is between the beginning and the end of a resync;
 //! * no lost acknowledgement: what the primary let go of is durable at the replica, whatever crashes;
 //! * no acknowledged set is sent again, and no set twice on one connection;
 //! * bounds: window and pending queue;
@@ -73,6 +74,9 @@ fn the_seeds_meet_every_kind_of_trouble() {
         "promoted",
         "fenced",
         "sends again",
+        "resync begins",
+        "resync again",
+        "resync ends",
     ] {
         let met = traces.iter().filter(|trace| trace.contains(event)).count();
         assert!(met >= 4, "only {met} of 40 seeds met: {event}");

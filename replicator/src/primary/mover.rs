@@ -1,6 +1,8 @@
 //! The data mover: the one thread that owns a primary's session. It cuts intervals, has record sets made, ships them,
 //! takes acknowledgements, and frees the sidefile.
 
+mod resync;
+
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,6 +13,7 @@ use bytes::Bytes;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use twinfs_certs::Identity;
+use twinfs_core::change_map::ChangeMap;
 use twinfs_core::id::{Epoch, SiteName, VolumeIndex};
 use twinfs_core::limits;
 use twinfs_core::session::sender::{Backlog, Sender};
@@ -63,6 +66,19 @@ pub struct CopyProgress {
 pub trait Files: PathHints {
     /// How far the initial copy of a volume is, if it runs or ran in this process.
     fn copy_progress(&self, volume: VolumeIndex) -> Option<CopyProgress>;
+
+    /// Reads again what a change map names, mixed with what programs write, and publishes the end of that. Called under a
+    /// hold of the sidefile, right after the *resync* mark.
+    fn start_resync(&self, volume: VolumeIndex, map: ChangeMap);
+
+    /// Ends the resync of a volume: returns what is left of its map, nothing if it is complete. `None` if there is none.
+    fn stop_resync(&self, volume: VolumeIndex) -> Option<ChangeMap>;
+
+    /// Whether a resync has ended without being complete, although updates are kept.
+    fn resync_failed(&self, volume: VolumeIndex) -> bool;
+
+    /// Begins the initial copy of a volume again: updates were dropped since it began. Called under a hold.
+    fn restart_copy(&self, volume: VolumeIndex);
 }
 
 /// A session's parts, ready to be driven.
@@ -113,6 +129,8 @@ pub struct Stopped {
     pub sender: Sender<Bytes>,
     /// The room that these sets hold in the sidefile: to be released once they are kept.
     pub rooms: Rooms,
+    /// What was dropped, or was read again only in part, of each volume.
+    pub changes: Vec<ChangeMap>,
 }
 
 #[derive(Debug, Default)]
@@ -169,6 +187,7 @@ impl Primary {
             promote: None,
             encoded: Vec::new(),
             rooms,
+            resyncs: resync::Resyncs::default(),
             tokened: Timestamp::ZERO,
             vouched: Timestamp::ZERO,
             published: None,
@@ -239,6 +258,7 @@ struct Mover {
     promote: Option<Handover>,
     encoded: Vec<u8>,
     rooms: Rooms,
+    resyncs: resync::Resyncs,
     /// The replica was sent the tokens of everything that it lacks and that was stamped up to here.
     tokened: Timestamp,
     /// When idle volumes were vouched for, beside the cuts.
@@ -257,6 +277,7 @@ impl Mover {
                 self.sender.suspend(SuspendReason::Error);
             }
             self.note_suspension();
+            self.advance_resync();
             self.advance_handover();
             self.send_tokens();
             self.publish_status();
@@ -539,7 +560,7 @@ impl Mover {
             let why = match fill.overflow {
                 Some(Overflow::LinkDown) => "the sidefile was full and no link drained it",
                 Some(Overflow::TooSlow) => "the sidefile was full and the link too slow to drain it",
-                None => "suspended by the operator",
+                None => "it was suspended here",
             };
             tracing::error!(why, "the session is SUSPENDED: programs go on, their changes are not mirrored");
             self.reason = Some(why.into());
@@ -624,7 +645,8 @@ impl Mover {
 
     fn finish(mut self) -> Stopped {
         self.say(Message::Bye(Text::new("the primary was stopped")));
-        Stopped { sender: self.sender, rooms: self.rooms }
+        let changes = self.stop_resync();
+        Stopped { sender: self.sender, rooms: self.rooms, changes }
     }
 
     // ---- status ----

@@ -897,12 +897,20 @@ impl Driver {
             (Some((why, true)), _) => ("SUSPENDED", Some(format!("ERROR: {why}"))),
             (Some((why, false)), _) => ("SUSPENDED", Some(format!("JOURNAL: {why}"))),
             _ if all == 0 => ("PENDING", None),
+            _ if self.receiver.volumes().any(|(volume, ..)| self.receiver.is_resyncing(volume)) => {
+                ("RESYNC", None)
+            }
             _ if members < all => ("COPY", None),
             _ => ("DUPLEX", None),
         };
-        let volumes = self.receiver.volumes().map(|(_, name, member)| VolumeStatus {
+        let state_of = |volume, member| match member {
+            true if self.receiver.is_resyncing(volume) => "RESYNC",
+            true => "DUPLEX",
+            false => "COPY",
+        };
+        let volumes = self.receiver.volumes().map(|(volume, name, member)| VolumeStatus {
             name: name.to_string(),
-            state: if member { "DUPLEX" } else { "COPY" }.to_owned(),
+            state: state_of(volume, member).to_owned(),
             files_copied: 0,
             files_total: 0,
             bytes_copied: 0,

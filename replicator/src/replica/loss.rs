@@ -242,9 +242,9 @@ impl Report {
         }
     }
 
-    /// The totals, for people: a line each.
+    /// The totals, for people: a line each, and one for each of the first `gaps_max` gaps.
     #[must_use]
-    pub fn lines(&self) -> Vec<String> {
+    pub fn lines(&self, gaps_max: usize) -> Vec<String> {
         let shown = Timestamp(self.consistency_time.ns);
         let ago = Timestamp(self.promoted.ns).ns_since(shown) as f64 / 1e9;
         let mut lines = vec![
@@ -274,7 +274,7 @@ impl Report {
                 self.updates_missing
             ));
         }
-        lines.extend(self.gaps.iter().take(limits::LOSS_LINES_SHOWN).map(|gap| {
+        lines.extend(self.gaps.iter().take(gaps_max).map(|gap| {
             format!(
                 "  volume {}: {} unknown updates after {} and before {}",
                 gap.volume, gap.updates, gap.after.utc, gap.before.utc
@@ -288,8 +288,9 @@ impl Report {
             )),
         }
         if let Some(why) = &self.sets_problem {
-            lines.push(format!("Data that came but could not be ordered is not kept: {why}."));
-        } else if !self.sets.is_empty() {
+            lines.push(format!("Not all data that came but could not be ordered is kept: {why}."));
+        }
+        if !self.sets.is_empty() {
             lines.push(format!(
                 "{} record sets that came but could not be ordered are kept; `twinfs inspect FILE` prints one.",
                 self.sets.len()

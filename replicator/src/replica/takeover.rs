@@ -1,8 +1,8 @@
 //! Promote: how a replica becomes the primary.
 //!
-//! A promote first accounts for what is lost ([`super::loss`]). It then raises the epoch, durably, before anything else can be written; from that instant the old primary's sets
-//! are refused, those in flight too. Then the plain trees are made those of the last group. What comes after – the
-//! writable mount – is the file system layer's.
+//! A promote first accounts for what is lost ([`super::loss`]). It then raises the epoch, durably, before anything else
+//! can be written; from that instant the old primary's sets are refused, those in flight too. Then the plain trees are
+//! made those of the last group. What comes after – the writable mount – is the file system layer's.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ use twinfs_core::wire::{Message, PromoteReady};
 
 use super::driver::{Driver, TakeoverNews};
 use super::journal::Journal;
-use super::loss::{self, Circumstances, Keeping, Report, SetReport};
+use super::loss::{self, Circumstances, Keeping, Report};
 use crate::primary::clock::Reading;
 
 /// How to promote.
@@ -111,7 +111,7 @@ impl Driver {
         let paths = Paths::new(self.locate(&loss), &knowledge);
         let mut first = Vec::new();
         let kept = self.keep(&mut report, &loss, &knowledge, paths.clone(), &mut first);
-        report.lines().into_iter().for_each(say);
+        report.lines(limits::LOSS_LINES_SHOWN).into_iter().for_each(say);
         match kept {
             Ok(place) => {
                 first.into_iter().for_each(say);
@@ -154,37 +154,42 @@ impl Driver {
             }
             keeping.line(line)
         })?;
-        let sets = self.keep_sets(&mut keeping, knowledge);
+        let sets = self.keep_sets(&mut keeping, report, knowledge);
         let no_room = || std::io::Error::from(std::io::ErrorKind::StorageFull);
-        match sets.and_then(|sets| if keeping.has_room()? { Ok(sets) } else { Err(no_room()) }) {
-            Ok(sets) => report.sets = sets,
-            Err(error) => {
-                tracing::error!(%error, "the record sets that cannot be ordered are not kept");
-                keeping.without_sets()?;
-                report.sets_problem = Some(error.to_string());
-            }
+        if let Err(error) = sets.and_then(|()| if keeping.has_room()? { Ok(()) } else { Err(no_room()) }) {
+            tracing::error!(%error, "the record sets that cannot be ordered are not kept");
+            keeping.without_sets()?;
+            report.sets.clear();
+            report.sets_problem = Some(error.to_string());
         }
         if keeping.has_room()? { keeping.finish(report) } else { Err(no_room()) }
     }
 
-    /// Copies the sets that came but are in no group, from the journal or, where that took no more, from memory.
+    /// Copies the sets that came but are in no group, from the journal or, where that took no more, from memory. One that
+    /// cannot be read is left out, and the report says so.
     fn keep_sets(
         &self,
         keeping: &mut Keeping,
+        report: &mut Report,
         knowledge: &[VolumeKnowledge<'_>],
-    ) -> std::io::Result<Vec<SetReport>> {
+    ) -> std::io::Result<()> {
         let reader = self.journal.as_ref().map(Journal::reader);
-        let mut kept = Vec::new();
         for (index, volume) in (0..).map(VolumeIndex).zip(knowledge).filter(|(_, volume)| volume.member) {
             for set in &volume.sets {
-                let bytes = match (set.at, &reader) {
-                    (Some(at), Some(reader)) => reader.read_set(at)?,
-                    _ => self.unappended_set(index, set.number).ok_or(std::io::ErrorKind::NotFound)?,
+                let read = match (set.at, &reader) {
+                    (Some(at), Some(reader)) => reader.read_set(at).map_err(|error| error.to_string()),
+                    _ => self.unappended_set(index, set.number).ok_or("it is nowhere".into()),
                 };
-                kept.push(keeping.set(volume.name, set.number.0, &bytes)?);
+                match read {
+                    Ok(bytes) => report.sets.push(keeping.set(volume.name, set.number.0, &bytes)?),
+                    Err(why) => {
+                        let why = format!("record set {} of volume {}: {why}", set.number, volume.name);
+                        report.sets_problem.get_or_insert(why);
+                    }
+                }
             }
         }
-        Ok(kept)
+        Ok(())
     }
 
     /// Where the files stand in the last group that lost updates are about. Looks through directories from the root on,

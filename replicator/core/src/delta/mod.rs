@@ -117,7 +117,9 @@ impl Delta {
             }
             Op::Object { file, target } => self.edit(*file, |object| object.reset(target)),
             Op::Link { dir, name, file } | Op::Bind { dir, name, file } => self.bind(*dir, name, *file),
-            Op::Unlink { dir, name, .. } => self.edit(*dir, |dir| dir.set_name(name, None)),
+            Op::Unlink { dir, name, .. } | Op::Unbind { dir, name } => {
+                self.edit(*dir, |dir| dir.set_name(name, None))
+            }
             Op::Rename { from_dir, from, to_dir, to, file, .. } => {
                 self.edit(*from_dir, |dir| dir.set_name(from, None));
                 self.bind(*to_dir, to, *file);
@@ -130,7 +132,7 @@ impl Delta {
                 self.edit(*file, |object| object.set_xattr(name, Some(value)));
             }
             Op::RemoveXattr { file, name } => self.edit(*file, |object| object.set_xattr(name, None)),
-            Op::SetAttr { .. } | Op::Complete => {}
+            Op::SetAttr { .. } | Op::Complete | Op::Resync => {}
         }
     }
 

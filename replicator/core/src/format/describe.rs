@@ -104,6 +104,8 @@ fn describe_update(update: &Update, data_at: u32, out: &mut impl fmt::Write) -> 
             describe_target(target, out)?;
         }
         Op::Complete => write!(out, "the volume is whole")?,
+        Op::Resync => write!(out, "the volume is not whole until the next mark")?,
+        Op::Unbind { dir, name } => write!(out, "{} in {dir}", Escaped(name))?,
     }
     writeln!(out)?;
     for (file, attr) in update.attrs.iter() {

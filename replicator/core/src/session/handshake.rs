@@ -174,6 +174,17 @@ pub enum ResumeError {
     Volumes(VolumeName),
 }
 
+impl ResumeError {
+    /// Whether the two sites are who they should be and only differ in what they remember of a chain.
+    #[must_use]
+    pub const fn is_about_the_past(&self) -> bool {
+        match self {
+            Self::Diverged { .. } | Self::Ahead { .. } | Self::Lost { .. } => true,
+            Self::Fenced(_) | Self::NotReplica(_) | Self::Volumes(_) => false,
+        }
+    }
+}
+
 /// What a primary knows of the chain of a volume: the last acknowledged point, and the sets issued after it.
 #[derive(Debug, Clone)]
 pub struct KnownChain<'a, I> {

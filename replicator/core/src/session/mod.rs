@@ -47,11 +47,13 @@ pub enum VolumeState {
     Copy = 1,
     /// It is a member: it counts in the consistency time and is visible.
     Duplex = 2,
+    /// It is a member, and what changed while it was not mirrored is being sent. The replica shows its last image.
+    Resync = 3,
 }
 
 impl VolumeState {
     pub(crate) fn from_u8(number: u8) -> Option<Self> {
-        [Self::Pending, Self::Copy, Self::Duplex].get(usize::from(number)).copied()
+        [Self::Pending, Self::Copy, Self::Duplex, Self::Resync].get(usize::from(number)).copied()
     }
 }
 
@@ -61,6 +63,7 @@ impl fmt::Display for VolumeState {
             Self::Pending => "PENDING",
             Self::Copy => "COPY",
             Self::Duplex => "DUPLEX",
+            Self::Resync => "RESYNC",
         })
     }
 }
@@ -135,6 +138,8 @@ pub enum SessionState {
     Copy,
     /// Every volume is a member.
     Duplex,
+    /// What changed while the session was suspended is being sent.
+    Resync,
     /// Nothing is sent, until it is resumed.
     Suspended(SuspendReason),
     /// The sites do not agree about their common past; a person has to look at it.
@@ -148,6 +153,7 @@ impl fmt::Display for SessionState {
             Self::Pending => "PENDING",
             Self::Copy => "COPY",
             Self::Duplex => "DUPLEX",
+            Self::Resync => "RESYNC",
             Self::Suspended(_) => "SUSPENDED",
             Self::Diverged => "DIVERGED",
         })

@@ -99,7 +99,11 @@ fn encode_fields<B: AsRef<[u8]>>(op: &Op<B>, out: &mut Vec<u8>) {
             put_file(out, *file);
             put_name(out, target.as_ref());
         }
-        Op::Complete => {}
+        Op::Unbind { dir, name } => {
+            put_file(out, *dir);
+            put_name(out, name.as_ref());
+        }
+        Op::Complete | Op::Resync => {}
     }
 }
 
@@ -267,6 +271,8 @@ fn decode_fields<'a>(kind: OpKind, r: &mut Reader<'a>) -> Result<Op<&'a [u8]>, B
         OpKind::RemoveXattr => Op::RemoveXattr { file: r.file()?, name: r.xattr_name()? },
         OpKind::Object => Op::Object { file: r.file()?, target: r.target()? },
         OpKind::Complete => Op::Complete,
+        OpKind::Resync => Op::Resync,
+        OpKind::Unbind => Op::Unbind { dir: r.file()?, name: r.name()? },
     })
 }
 

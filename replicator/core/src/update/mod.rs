@@ -39,6 +39,8 @@
 //! 14 object      file, target (name)                    copy: the object exists, empty; its content follows
 //! 15 bind        dir, name, file                        copy: the name stands for the file
 //! 16 complete    –                                      copy: the volume is whole as of this stamp
+//! 17 resync      –                                      the volume is not whole from this stamp on, until complete
+//! 18 unbind      dir, name                              resync: the name stands for nothing
 //! ```
 
 mod codec;
@@ -165,6 +167,10 @@ pub enum Op<B = Box<[u8]>> {
     Bind { dir: FileId, name: B, file: FileId },
     /// Copy: the volume is whole as of this stamp.
     Complete,
+    /// Resync: what the replica has and the updates from here on are not the volume's state before `Complete`.
+    Resync,
+    /// Resync: the name stands for nothing. What it stood for may live on under another name.
+    Unbind { dir: FileId, name: B },
 }
 
 impl<B> Op<B> {
@@ -197,6 +203,8 @@ impl<B> Op<B> {
             Self::Object { .. } => OpKind::Object,
             Self::Bind { .. } => OpKind::Bind,
             Self::Complete => OpKind::Complete,
+            Self::Resync => OpKind::Resync,
+            Self::Unbind { .. } => OpKind::Unbind,
         }
     }
 
@@ -226,6 +234,8 @@ impl<B> Op<B> {
             Self::Object { file, target } => Op::Object { file, target: f(target) },
             Self::Bind { dir, name, file } => Op::Bind { dir, name: f(name), file },
             Self::Complete => Op::Complete,
+            Self::Resync => Op::Resync,
+            Self::Unbind { dir, name } => Op::Unbind { dir, name: f(name) },
         }
     }
 
@@ -252,7 +262,8 @@ impl<B> Op<B> {
             Self::Exchange { a_dir, a_file, b_dir, b_file, .. } => {
                 [Some(a_dir), Some(b_dir), Some(a_file), Some(b_file)]
             }
-            Self::Complete => [None; 4],
+            Self::Unbind { dir, .. } => [Some(dir), None, None, None],
+            Self::Complete | Self::Resync => [None; 4],
         }
     }
 }
@@ -278,10 +289,12 @@ pub enum OpKind {
     Object = 14,
     Bind = 15,
     Complete = 16,
+    Resync = 17,
+    Unbind = 18,
 }
 
 impl OpKind {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 18] = [
         Self::Write,
         Self::Truncate,
         Self::Zero,
@@ -298,6 +311,8 @@ impl OpKind {
         Self::Object,
         Self::Bind,
         Self::Complete,
+        Self::Resync,
+        Self::Unbind,
     ];
 
     /// The operation of a number; `None` if this version knows no such operation.
@@ -326,6 +341,8 @@ impl fmt::Display for OpKind {
             Self::Object => "copy-object",
             Self::Bind => "copy-name",
             Self::Complete => "copy-complete",
+            Self::Resync => "resync",
+            Self::Unbind => "resync-no-name",
         })
     }
 }

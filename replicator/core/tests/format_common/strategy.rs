@@ -141,6 +141,8 @@ fn op() -> BoxedStrategy<(Op, Option<(FileId, Attr)>)> {
         (file_id(), xattr_name(), value()).prop_map(|(file, name, value)| Op::SetXattr { file, name, value }),
         (file_id(), xattr_name()).prop_map(|(file, name)| Op::RemoveXattr { file, name }),
         Just(Op::Complete),
+        Just(Op::Resync),
+        (file_id(), name()).prop_map(|(dir, name)| Op::Unbind { dir, name }),
     ];
     let bare = bare.prop_map(|op| (op, None));
     let attributes =

@@ -157,16 +157,35 @@ impl TestSet {
     }
 }
 
-/// An update of a volume: its time, and whether it is the mark that ends the copy.
+/// An update of a volume: its time, and whether it is the mark that ends the copy or a resync, or begins a resync.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Change {
     pub(crate) time: u64,
     pub(crate) complete: bool,
+    pub(crate) resync: bool,
+}
+
+impl Change {
+    pub(crate) fn write(time: u64) -> Self {
+        Self { time, complete: false, resync: false }
+    }
+
+    pub(crate) fn complete(time: u64) -> Self {
+        Self { complete: true, ..Self::write(time) }
+    }
+
+    pub(crate) fn resync(time: u64) -> Self {
+        Self { resync: true, ..Self::write(time) }
+    }
 }
 
 pub(crate) fn update(volume: usize, seq: Seq, change: Change) -> Update {
     let file = root(volume);
-    let op = if change.complete { Op::Complete } else { Op::Write { file, offset: change.time, len: 100 } };
+    let op = match (change.complete, change.resync) {
+        (true, _) => Op::Complete,
+        (_, true) => Op::Resync,
+        _ => Op::Write { file, offset: change.time, len: 100 },
+    };
     Update { stamp: Stamp { time: Timestamp(change.time), seq }, op, attrs: AttrList::new() }
 }
 
@@ -225,7 +244,7 @@ impl Chain {
 
     /// A set of plain writes at these times, which ends with the last of them.
     pub(crate) fn writes(&mut self, times: &[u64]) -> TestSet {
-        let changes: Vec<_> = times.iter().map(|time| Change { time: *time, complete: false }).collect();
+        let changes: Vec<_> = times.iter().map(|time| Change::write(*time)).collect();
         self.set(&changes, *times.last().unwrap())
     }
 

@@ -30,6 +30,9 @@ pub(crate) struct Primary {
     pub(crate) marks: Vec<Option<usize>>,
     /// When the copy of each volume begins and is whole.
     copies: Vec<(u64, u64)>,
+    /// When a resync begins on every volume that was whole once, and when each of those under way is to end.
+    outages: Vec<u64>,
+    resyncs: Vec<Option<u64>>,
     last_time: u64,
     pub(crate) held: bool,
     final_end: Option<u64>,
@@ -40,6 +43,7 @@ pub(crate) struct Primary {
     set_updates_max: u64,
     update_bytes: u64,
     tokens: bool,
+    until: u64,
 }
 
 impl Primary {
@@ -49,13 +53,18 @@ impl Primary {
             let start = rng.below(until / 2);
             (start, rng.within(start + 1, until * 3 / 4))
         });
+        let copies: Vec<_> = copies.collect();
+        let outages = (0..rng.below(6)).map(|_| rng.within(until / 5, until * 9 / 10));
         Self {
             sender: Sender::new(sender_config(), (0..volumes).map(sender_volume).collect(), Timestamp(1)),
             order: (0..volumes).collect(),
             changes: vec![Vec::new(); volumes],
             uncut: vec![VecDeque::new(); volumes],
             marks: vec![None; volumes],
-            copies: copies.collect(),
+            outages: outages.collect(),
+            copies,
+            resyncs: vec![None; volumes],
+            until,
             wire: Vec::new(),
             last_time: 0,
             held: false,
@@ -83,7 +92,7 @@ impl Primary {
     pub(crate) fn write(&mut self, rng: &mut Rng, now: u64) -> Option<Packet> {
         let volume = rng.below(self.volumes() as u64) as usize;
         let started = self.sender.volume_state(self.index_of(volume)) != Some(VolumeState::Pending);
-        (started && !self.held).then(|| self.capture(volume, now, false))
+        (started && !self.held).then(|| self.capture(volume, now, Change::write(0)))
     }
 
     /// Copies begin and end when it is their time.
@@ -96,15 +105,36 @@ impl Primary {
             }
             if now >= end && self.marks[volume].is_none() {
                 self.marks[volume] = Some(self.changes[volume].len());
-                packets.push(self.capture(volume, now, true));
+                packets.push(self.capture(volume, now, Change::complete(0)));
             }
         }
         packets
     }
 
-    fn capture(&mut self, volume: usize, now: u64, complete: bool) -> Packet {
+    /// Updates were let go and are read again: resyncs begin, some in the middle of another one, and end.
+    pub(crate) fn resync(&mut self, rng: &mut Rng, now: u64, trace: &mut String) -> Vec<Packet> {
+        let mut packets = Vec::new();
+        let begins = self.outages.extract_if(.., |at| *at <= now).count() > 0;
+        if begins {
+            self.sender.handle_let_go();
+            self.sender.resume_with_resync();
+        }
+        for volume in 0..self.volumes() {
+            if begins && self.marks[volume].is_some() {
+                let again = self.resyncs[volume].replace(rng.within(now, now.max(self.until)));
+                trace.push_str(if again.is_some() { "resync again\n" } else { "resync begins\n" });
+                packets.push(self.capture(volume, now, Change::resync(0)));
+            } else if self.resyncs[volume].take_if(|end| *end <= now).is_some() {
+                trace.push_str("resync ends\n");
+                packets.push(self.capture(volume, now, Change::complete(0)));
+            }
+        }
+        packets
+    }
+
+    fn capture(&mut self, volume: usize, now: u64, change: Change) -> Packet {
         self.last_time = now.max(self.last_time + 1);
-        let change = Change { time: self.last_time, complete };
+        let change = Change { time: self.last_time, ..change };
         self.changes[volume].push(change);
         self.uncut[volume].push_back(change);
         let seq = Seq(self.changes[volume].len() as u64);

@@ -234,7 +234,13 @@ impl Replica {
             if member && shown != want {
                 return Err(format!("prefix: {name} shows {shown} of {want} updates at {}", progress.time.0));
             }
-            if !member && marks[volume].is_some_and(|mark| shown > mark) {
+            let shown = &changes[volume][..shown];
+            let last_mark = shown.iter().rfind(|change| change.complete || change.resync);
+            if member && last_mark.is_some_and(|mark| mark.resync) {
+                return Err(format!("whole: {name} is shown in the middle of a resync"));
+            }
+            let resynced = changes[volume].iter().any(|change| change.resync);
+            if !member && !resynced && marks[volume].is_some_and(|mark| shown.len() > mark) {
                 return Err(format!("prefix: {name} is past its mark and has not joined"));
             }
         }

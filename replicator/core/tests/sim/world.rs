@@ -148,7 +148,8 @@ impl World {
                 }
             }
             Event::Copy => {
-                let tokens = self.primary.copy(self.now);
+                let mut tokens = self.primary.copy(self.now);
+                tokens.extend(self.primary.resync(&mut self.rng, self.now, &mut self.trace));
                 tokens.iter().for_each(|token| self.send_token(token));
                 if self.is_chaos() {
                     self.at(10 * MS, Event::Copy);

@@ -31,6 +31,7 @@
 //! ```
 
 mod layout;
+mod resume;
 mod survivors;
 
 use std::collections::VecDeque;
@@ -40,6 +41,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use twinfs_core::id::{SessionId, SetHash, SetNumber, VolumeIndex};
@@ -53,6 +55,7 @@ use self::layout::{
     SlotState, VERSION, VolumeWords, W_CLEAN, W_DROPPED, W_LAST_TIME, W_MAGIC, W_RING, W_SESSION, W_SLOTS,
     W_VERSION, from_halves, intent_room, padded, session_words,
 };
+pub use self::resume::NotHeld;
 pub use self::survivors::{LeftIntent, SurvivingChain, Survivors};
 use super::clock::{Reading, StampClock};
 use crate::failpoint::{self, FailPoint};
@@ -131,12 +134,16 @@ pub struct Capture {
     publish: Mutex<Publish>,
     published: Condvar,
     link_up: AtomicBool,
+    /// What was dropped while the session was suspended.
+    changes: resume::Changes,
 }
 
 #[derive(Debug)]
 struct Ring {
     mode: Mode,
     held: bool,
+    /// Whom a hold does not hold.
+    passes: Option<ThreadId>,
     /// Reservations that are neither published nor void.
     outstanding: usize,
     head_slot: u64,
@@ -403,6 +410,7 @@ impl Capture {
             ring: Mutex::new(Ring {
                 mode: Mode::Active,
                 held: false,
+                passes: None,
                 outstanding: 0,
                 head_slot: 0,
                 tail_slot: 0,
@@ -421,6 +429,7 @@ impl Capture {
             }),
             published: Condvar::new(),
             link_up: AtomicBool::new(false),
+            changes: resume::Changes::new(start.volumes.len()),
             map,
         })
     }
@@ -492,6 +501,10 @@ impl Capture {
         let mut ring = lock(&self.ring);
         let mut waited = Pacing::default();
         let at = loop {
+            if ring.held && ring.mode != Mode::Fenced && ring.passes != Some(std::thread::current().id()) {
+                ring = self.room.wait(ring).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
             match ring.mode {
                 Mode::Fenced => return Err(Refused::Fenced),
                 Mode::Suspended(_) => {
@@ -499,10 +512,6 @@ impl Capture {
                     return Ok(None);
                 }
                 Mode::Active => {}
-            }
-            if ring.held {
-                ring = self.room.wait(ring).unwrap_or_else(PoisonError::into_inner);
-                continue;
             }
             let place = self.place(&ring, need, slots);
             let link_up = self.link_up.load(Ordering::Relaxed);
@@ -802,7 +811,7 @@ impl Capture {
 
     // ---- status changes ----
 
-    /// Stops capturing: later updates are dropped, published ones stay. Programs go on at full speed.
+    /// Stops capturing: later updates are dropped and noted, published ones stay. Programs go on at full speed.
     pub fn suspend(&self) {
         self.suspend_locked(&mut lock(&self.ring), None);
     }
@@ -839,7 +848,9 @@ impl Capture {
 
     /// Ends a hold.
     pub fn let_go(&self) {
-        lock(&self.ring).held = false;
+        let mut ring = lock(&self.ring);
+        (ring.held, ring.passes) = (false, None);
+        drop(ring);
         self.room.notify_all();
     }
 
@@ -917,11 +928,15 @@ impl Reservation<'_> {
     /// # Panics
     /// If the update is larger than was reserved.
     pub fn publish<B: AsRef<[u8]>>(mut self, op: Op<B>, attrs: AttrList, data: &[u8]) -> Option<Stamp> {
-        let room = self.room.take()?;
         let capture = self.capture;
+        let Some(room) = self.room.take() else {
+            capture.changes.note(self.volume, &op, &attrs);
+            return None;
+        };
         let op_kind = op.kind();
         let mut encoded = Vec::with_capacity(256);
-        update::encode(&Update { stamp: Stamp::default(), op, attrs }, &mut encoded);
+        let update = Update { stamp: Stamp::default(), op, attrs };
+        update::encode(&update, &mut encoded);
         assert!(padded(encoded.len()) + padded(data.len()) <= room.bytes, "more than was reserved");
         capture.map.copy_in(room.at, &encoded);
         let data_at = room.at + padded(encoded.len());
@@ -932,6 +947,7 @@ impl Reservation<'_> {
         let mut publish = lock(&capture.publish);
         if publish.closed.is_some() {
             drop(publish);
+            capture.changes.note(self.volume, &update.op, &update.attrs);
             capture.settle(Some(room));
             // The reservation is settled: its drop would do it again.
             std::mem::forget(self);

@@ -412,9 +412,10 @@ impl<'a> VolumeCheckpoint<'a> {
             // Only directories have names, and a directory that was made and removed in between has no object.
             let is_dir =
                 object.names().next().is_some() || object.attr().and_then(Attr::kind) == Some(Kind::Dir);
-            let Some(dir) = (if is_dir { self.local(file)? } else { None }) else { continue };
-            // An earlier run may have removed it already.
-            if object.is_gone() && self.stat(&dir)?.is_none() {
+            let may_be_dir = is_dir || object.is_gone();
+            let Some(dir) = (if may_be_dir { self.local(file)? } else { None }) else { continue };
+            // A resync does not know of what kind something was that is gone. An earlier run may have removed it already.
+            if object.is_gone() && self.stat(&dir)?.is_none_or(|stat| stat.attr.kind() != Some(Kind::Dir)) {
                 continue;
             }
             for (name, wanted) in object.names() {

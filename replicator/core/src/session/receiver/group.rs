@@ -4,6 +4,10 @@
 //! hold the others back, and whatever it has delivered before its *complete* mark goes along, unseen. At the first
 //! group whose time reaches the mark, and up to whose time the volume itself has delivered everything, it joins: that
 //! group then holds all its updates up to the group's time, as of every other member.
+//!
+//! A member that is being resynced is not whole from its *resync* mark on until its *complete* mark. No group is cut in
+//! between, on any volume: everything up to the complete mark becomes one group, and until then the replica shows what
+//! it showed.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -122,6 +126,7 @@ impl Receiver {
             volume.complete = None;
         }
         for volume in &mut self.volumes {
+            volume.forget_resyncs(planned.time);
             self.held_bytes -= volume.prune();
             volume.tokens.drop_through(volume.through.min(volume.chain.last_seq));
         }
@@ -145,11 +150,27 @@ impl Receiver {
             let newest =
                 self.members().flat_map(|volume| volume.sets.values()).filter(|held| held.at.is_some());
             time = newest.map(|held| held.end).fold(time.max(self.visible), Timestamp::max);
+            return (time, self.joining(time));
+        }
+        // Each step leads to a time before some resync, so this ends.
+        while let Some(whole) = self.members().map(|volume| volume.whole_at(time)).find(|whole| *whole < time)
+        {
+            time = whole;
         }
         // A candidate whose mark is later than that was not the minimum, as its frontier is past its mark. So leaving
         // it out does not change the time.
-        let joins = candidates().filter(|(_, volume)| volume.complete.is_some_and(|mark| mark <= time));
-        (time, joins.map(|(index, _)| index).collect())
+        (time, self.joining(time))
+    }
+
+    /// The volumes that join with a group of that time.
+    fn joining(&self, time: Timestamp) -> Vec<VolumeIndex> {
+        let volumes = (0..).map(VolumeIndex).zip(&self.volumes);
+        let joins = volumes.filter(|(_, volume)| {
+            !volume.member
+                && volume.frontier >= self.visible
+                && volume.complete.is_some_and(|mark| mark <= time)
+        });
+        joins.map(|(index, _)| index).collect()
     }
 }
 

@@ -175,6 +175,10 @@ pub enum SetRefusal {
     /// again after the next [`Receiver::handle_committed`].
     #[error("too many record sets wait for a consistency group")]
     Full,
+    /// A resync does not fit into what this site holds for one group ([`limits::HELD_BYTES_MAX`]). A primary within its
+    /// bounds ([`limits::RESYNC_UPDATES_MAX`]) gives it up before.
+    #[error("the resync of volume {0} is larger than what one consistency group may hold")]
+    ResyncTooLarge(VolumeName),
 }
 
 /// The driver named a set that was not taken, or a group that was not planned.
@@ -389,7 +393,7 @@ impl Receiver {
         if self.held_bytes + Held::charge(&meta, header) > limits::HELD_BYTES_MAX
             && !self.is_needed(index, header)
         {
-            return Err(SetRefusal::Full);
+            return Err(self.stuck_resync().map_or(SetRefusal::Full, SetRefusal::ResyncTooLarge));
         }
         if header.number != self.volumes[at].newest().next() {
             self.out_of_order += 1;
@@ -525,6 +529,14 @@ impl Receiver {
         self.volumes.get(volume.as_usize()).map(|volume| (volume.base, volume.base_end))
     }
 
+    /// Whether a volume is being resynced: it shows what it showed before.
+    #[must_use]
+    pub fn is_resyncing(&self, volume: VolumeIndex) -> bool {
+        self.volumes
+            .get(volume.as_usize())
+            .is_some_and(|volume| volume.member && volume.open_resync().is_some())
+    }
+
     /// Memory charged for sets that wait for groups, in bytes; bounded by [`limits::HELD_BYTES_MAX`] and one set for
     /// each volume.
     #[must_use]
@@ -569,6 +581,12 @@ impl Receiver {
 
     fn hold(&mut self, index: VolumeIndex, header: &SetHeader, hash: SetHash, meta: SetMeta) {
         self.held_bytes += self.volumes[index.as_usize()].hold(header, hash, Arc::new(meta));
+    }
+
+    /// A volume whose resync is all that stands before the next group, so that no room will ever come of one.
+    fn stuck_resync(&self) -> Option<VolumeName> {
+        let begin = |volume: &Volume| volume.open_resync().is_some_and(|begin| self.visible.0 + 1 >= begin.0);
+        self.members().find(|volume| begin(volume)).map(|volume| volume.name.clone())
     }
 
     /// Whether a set must be taken although the bound is reached, as without it no group could be formed: it is the

@@ -58,6 +58,15 @@ struct PendingNull {
     end: Timestamp,
 }
 
+/// A time in which a volume is not whole.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Resync {
+    /// Stamp time of its mark.
+    pub(super) begin: Timestamp,
+    /// Stamp time of the mark that says that the volume is whole again, once that is here.
+    pub(super) end: Option<Timestamp>,
+}
+
 /// What a set with that number is to a volume.
 pub(super) enum Place {
     /// Not seen before, and it fits what is known.
@@ -88,6 +97,8 @@ pub(super) struct Volume {
     hashes: VecDeque<SetHash>,
     /// While it is copied: stamp time of the first mark in the chain that says that the volume is whole.
     pub(super) complete: Option<Timestamp>,
+    /// Its resyncs in the chain that are not in committed groups, in order; only the last one can be open.
+    pub(super) resyncs: Vec<Resync>,
     pub(super) through: Seq,
     pub(super) base: ChainPoint,
     pub(super) base_end: Timestamp,
@@ -110,6 +121,7 @@ impl Volume {
             sets: BTreeMap::new(),
             hashes: VecDeque::from([state.base.hash]),
             complete: None,
+            resyncs: Vec::new(),
             through: state.through.max(state.base.last_seq),
             base: state.base,
             base_end: state.base_end,
@@ -288,10 +300,9 @@ impl Volume {
                 ChainPoint { number: self.chain.number.next(), hash: next.hash, last_seq: next.last_seq };
             self.chain_end = next.end;
             self.frontier = self.frontier.max(next.end);
-            if !self.member && self.complete.is_none() {
-                self.complete = first_complete(&next.meta, next.grouped);
-            }
             self.hashes.push_back(next.hash);
+            let (meta, grouped) = (Arc::clone(&next.meta), next.grouped);
+            self.take_marks(&meta, grouped);
             if self.hashes.len() > limits::KNOWN_HASHES_MAX {
                 self.hashes.pop_front();
             }
@@ -305,6 +316,51 @@ impl Volume {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Notes where the volume is, and is not, whole.
+    fn take_marks(&mut self, meta: &SetMeta, grouped: usize) {
+        for (update, _) in &meta.updates[grouped..] {
+            let time = update.stamp.time;
+            match update.op {
+                Op::Resync => {
+                    // A resync that was interrupted begins again: it is one.
+                    if self.resyncs.last().is_none_or(|last| last.end.is_some()) {
+                        self.resyncs.push(Resync { begin: time, end: None });
+                    }
+                    if !self.member {
+                        self.complete = None;
+                    }
+                }
+                Op::Complete => {
+                    if let Some(open) = self.resyncs.last_mut().filter(|last| last.end.is_none()) {
+                        open.end = Some(time);
+                    }
+                    if !self.member {
+                        self.complete = self.complete.or(Some(time));
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The time before the resync in which `time` falls; `time` itself if it falls in none.
+    pub(super) fn whole_at(&self, time: Timestamp) -> Timestamp {
+        let within = |resync: &&Resync| resync.begin <= time && resync.end.is_none_or(|end| time < end);
+        self.resyncs.iter().find(within).map_or(time, |resync| Timestamp(resync.begin.0 - 1))
+    }
+
+    /// The mark of its resync, if that has not come to an end.
+    pub(super) fn open_resync(&self) -> Option<Timestamp> {
+        self.resyncs.last().filter(|last| last.end.is_none()).map(|last| last.begin)
+    }
+
+    /// A group of that time is committed.
+    pub(super) fn forget_resyncs(&mut self, time: Timestamp) {
+        let member = self.member;
+        // One that cannot be shown yet joins after the end of all of them.
+        self.resyncs.retain(|resync| resync.end.is_none_or(|end| member && end > time));
     }
 
     pub(super) fn is_durable(&self, number: SetNumber) -> bool {
@@ -400,11 +456,6 @@ impl Volume {
             self.tokens.insert(token, has_data, held);
         }
     }
-}
-
-fn first_complete(meta: &SetMeta, grouped: usize) -> Option<Timestamp> {
-    let rest = meta.updates.iter().skip(grouped);
-    rest.map(|(update, _)| update).find(|update| update.op == Op::Complete).map(|update| update.stamp.time)
 }
 
 /// What a set must keep for groups to be right, whatever the byte format checked already.

@@ -16,6 +16,7 @@
 //! acknowledged out of order in between. So a volume whose sets are late cannot let the others run ahead without
 //! bound, and the replica never has to hold more than the window.
 
+mod resync;
 mod types;
 mod window;
 
@@ -25,7 +26,7 @@ use crate::id::{Epoch, FileId, SetNumber, VolumeIndex, VolumeInstance, VolumeNam
 use crate::limits;
 use crate::session::handshake::{self, KnownChain, ResumeError};
 use crate::session::{ChainPoint, Role, SessionState, SuspendReason, VolumeState};
-use crate::stamp::{Stamp, Timestamp};
+use crate::stamp::{Seq, Stamp, Timestamp};
 use crate::wire::{Ack, Hello, HelloVolume, PROTOCOL, Progress, PromoteReady, Refuse, RefuseCode, Welcome};
 pub use types::{
     Adopted, Backlog, Behind, ChainLink, IssuedSet, NeedsResync, Released, SenderConfig, SenderError,
@@ -66,6 +67,9 @@ pub struct Sender<H> {
     null_interval_ns: u64,
     suspended: Option<SuspendReason>,
     needs_resync: bool,
+    /// A change map names all that the replica may lack, wherever it stands.
+    covered: bool,
+    restarted: Option<Vec<Seq>>,
     diverged: bool,
     fenced: Option<Epoch>,
 }
@@ -95,6 +99,8 @@ impl<H: Clone> Sender<H> {
             null_interval_ns: limits::INTERVAL_NS,
             suspended: None,
             needs_resync: false,
+            covered: false,
+            restarted: None,
             diverged: false,
             fenced: None,
         };
@@ -150,9 +156,10 @@ impl<H: Clone> Sender<H> {
             instance: volume.instance,
             root: volume.root,
             state: volume.state,
-            acked: volume.window.acked(),
-            oldest: volume.window.acked().number.next(),
-            newest: volume.window.issued().number,
+            // Whatever the replica has is right for one whose change map covers the rest.
+            acked: if self.covered { ChainPoint::START } else { volume.window.acked() },
+            oldest: if self.covered { SetNumber(1) } else { volume.window.acked().number.next() },
+            newest: if self.covered { SetNumber(0) } else { volume.window.issued().number },
         });
         Hello {
             protocol: PROTOCOL,
@@ -172,7 +179,10 @@ impl<H: Clone> Sender<H> {
     /// [`ResumeError`]: close the connection. A fenced or diverged session stays so.
     pub fn handle_welcome(&mut self, now: Timestamp, welcome: &Welcome) -> Result<(), ResumeError> {
         self.handle_disconnected();
-        let wire = self.check_welcome(welcome).inspect_err(|error| self.note(error))?;
+        let wire = match self.check_welcome(welcome) {
+            Err(error) if self.covered && error.is_about_the_past() => self.restart(now, welcome)?,
+            checked => checked.inspect_err(|error| self.note(error))?,
+        };
         for (theirs, index) in welcome.volumes.iter().zip(&wire) {
             self.adopt(*index, theirs.durable);
             let numbers = self.volumes[index.as_usize()].window.unacked_through(theirs.durable.number);
@@ -419,6 +429,7 @@ impl<H: Clone> Sender<H> {
         match self.suspended {
             _ if self.diverged => SessionState::Diverged,
             Some(reason) => SessionState::Suspended(reason),
+            None if any(VolumeState::Resync) => SessionState::Resync,
             None if any(VolumeState::Copy) || any(VolumeState::Pending) && any(VolumeState::Duplex) => {
                 SessionState::Copy
             }
@@ -437,7 +448,8 @@ impl<H: Clone> Sender<H> {
     #[must_use]
     pub fn is_whole(&self, volume: VolumeIndex) -> bool {
         let volume = self.volumes.get(volume.as_usize());
-        volume.is_some_and(|volume| volume.complete.is_some() || volume.state == VolumeState::Duplex)
+        let is_member = |state| matches!(state, VolumeState::Duplex | VolumeState::Resync);
+        volume.is_some_and(|volume| volume.complete.is_some() || is_member(volume.state))
     }
 
     /// Primary, or fenced.
@@ -522,6 +534,11 @@ impl<H: Clone> Sender<H> {
     }
 
     fn check_welcome(&self, welcome: &Welcome) -> Result<Vec<VolumeIndex>, ResumeError> {
+        self.check_past(welcome, true)
+    }
+
+    /// As [`check_welcome`](Self::check_welcome); the chains are compared if `chains` says so.
+    fn check_past(&self, welcome: &Welcome, chains: bool) -> Result<Vec<VolumeIndex>, ResumeError> {
         if welcome.epoch.fences(&self.config.epoch) {
             return Err(ResumeError::Fenced(welcome.epoch));
         }
@@ -538,11 +555,15 @@ impl<H: Clone> Sender<H> {
             let (index, ours) = found
                 .find(|(_, ours)| ours.name == theirs.name)
                 .ok_or_else(|| ResumeError::Volumes(theirs.name.clone()))?;
-            let forgotten = ours.forgotten.iter().map(|(point, _)| *point);
-            let made: Vec<_> = ours.window.sets().map(IssuedSet::point).chain(forgotten).collect();
-            let known =
-                KnownChain { name: &ours.name, acked: ours.window.acked(), issued: made.iter().copied() };
-            handshake::resume_point(known, theirs)?;
+            if chains {
+                let forgotten = ours.forgotten.iter().map(|(point, _)| *point);
+                let made: Vec<_> = ours.window.sets().map(IssuedSet::point).chain(forgotten).collect();
+                let acked = ours.window.acked();
+                handshake::resume_point(
+                    KnownChain { name: &ours.name, acked, issued: made.iter().copied() },
+                    theirs,
+                )?;
+            }
             wire.push(index);
         }
         Ok(wire)
@@ -595,7 +616,7 @@ impl<H: Clone> Sender<H> {
             let acked = volume.window.acked().last_seq;
             let joined =
                 volume.complete.is_some_and(|mark| mark.seq <= acked && mark.time <= self.progress.time);
-            if volume.state == VolumeState::Copy && joined {
+            if matches!(volume.state, VolumeState::Copy | VolumeState::Resync) && joined {
                 volume.state = VolumeState::Duplex;
             }
         }
