@@ -24,6 +24,7 @@ use twinfs_core::update::Kind;
 use crate::errno::FsError;
 use crate::mirror::{Attributes, Caller, Entry, Mirror, NewNode, SetAttr, SetTime};
 use crate::mount::{self, MountError, MountOptions, Mounted};
+use crate::ops::data::is_synchronous;
 use crate::slow::Slow;
 
 /// How long the kernel may believe what it was told.
@@ -281,7 +282,7 @@ impl Filesystem for Adapter {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -290,6 +291,10 @@ impl Filesystem for Adapter {
         match self.mirror.write(node.0, fh.0, offset, data, kill, from_cache) {
             Ok(written) => {
                 self.invalidate(written.attributes_changed, node);
+                // The flags of this write: RWF_DSYNC and fcntl(2) set them for files that were not opened so.
+                if is_synchronous(flags.0) {
+                    self.mirror.log_durably(fh.0);
+                }
                 reply.written(u32::try_from(written.bytes).expect("at most WRITE_BYTES_MAX"));
             }
             Err(error) => reply.error(error.into()),

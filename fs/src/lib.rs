@@ -7,12 +7,14 @@
 //! * [`mirror`] – the file system itself, callable without FUSE; its operations stand in `ops`.
 //! * [`recorder`] – what the mirror tells of each change, and to whom.
 //! * `recovery` – what a killed process left half done.
+//! * [`activity`] – the list of touched files, for power loss.
 //! * [`copier`] – copies a volume while programs go on writing.
 //! * [`inode`], [`handle`], [`fds`], [`stripes`], [`credentials`] – its tables, locks and identities.
 //! * [`errno`] – the only map from errors to error numbers.
 //! * [`holders`] – who could write past the mirror.
 #![forbid(unsafe_code)]
 
+pub mod activity;
 pub mod cli;
 pub mod copier;
 mod copies;

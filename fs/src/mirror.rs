@@ -117,7 +117,7 @@ pub struct Mirror {
     pub(crate) dirs: Handles<OpenDir>,
     pub(crate) stripes: Stripes,
     pub(crate) started: (i64, u32),
-    recorder: Arc<dyn Recorder>,
+    pub(crate) recorder: Arc<dyn Recorder>,
     before_change: OnceLock<Arc<BeforeChange>>,
     /// `/proc/self/fd`, through which an `O_PATH` descriptor is opened or changed.
     pub(crate) proc_fds: OwnedFd,
@@ -263,6 +263,14 @@ impl Mirror {
             mirror.volumes.push(volume);
         }
         Ok(mirror)
+    }
+
+    /// Makes everything durable that was changed before the call, for all volumes.
+    ///
+    /// # Errors
+    /// The backing file system's. It is told once, and forgotten.
+    pub fn sync(&self) -> io::Result<()> {
+        self.volumes.iter().try_for_each(|volume| Ok(rustix::fs::syncfs(&volume.root_fd)?))
     }
 
     /// The root directory of a volume.

@@ -18,18 +18,21 @@ use twinfs_core::session::{ChainPoint, Role, SuspendReason, VolumeState as CopyS
 use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_replicator::control::{self, Answer, Handler, Request};
 use twinfs_replicator::failpoint::{self, FailPoint};
+use twinfs_replicator::primary::activity_log::KeeperThread;
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica};
 use twinfs_replicator::primary::sidefile::{Capture, Start, StartVolume, Survivors};
 use twinfs_replicator::primary::store::{self, MarkKeeper};
 use twinfs_replicator::site::{SiteDir, State, VolumeState, replace_durably};
 
+use crate::activity::Activity;
 use crate::copier::Copier;
 use crate::copies::{self, Copies};
 use crate::daemon::{self, Ended};
 use crate::holders;
 use crate::mirror::{self, Layout, Mirror, VolumeSource};
 use crate::mount::{MountOptions, Mounted};
+use crate::recorder::{Logged, Recorder};
 
 /// How long a clean stop waits for the replica to take what is left; the rest is kept for the next start.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
@@ -198,6 +201,8 @@ struct Running {
     site: SiteDir,
     state: Arc<Mutex<State>>,
     capture: Arc<Capture>,
+    activity: Activity,
+    keeper: KeeperThread,
     layer: Arc<Layer>,
     primary: Arc<Mutex<Option<Primary>>>,
     mark: MarkKeeper,
@@ -216,39 +221,52 @@ impl Running {
         let (capture, last_run) =
             open_sidefile(&site, session, &state, arguments.sidefile_bytes, order.len())?;
         let capture = Arc::new(capture);
+        let activity = Activity::open(&site, session, capture.now())?;
+        let recorder: Arc<dyn Recorder> =
+            Arc::new(Logged::new(Arc::clone(&capture), Arc::clone(&activity.log)));
+        // What the log of a run like this names is dealt with once both sites have all that is stamped from here on.
+        activity.log.settle_found(capture.now());
         match &last_run {
             LastRun::Clean(_) => {}
-            LastRun::Killed(survivors) if survivors.dropped => {
-                suspended = suspended.or(Some(SuspendReason::Error));
-                reason =
-                    reason.or(Some("the last run was killed while the session was suspended".to_owned()));
-            }
-            LastRun::Killed(survivors) => tracing::warn!(
+            LastRun::Killed { survivors, .. } if !survivors.dropped => tracing::warn!(
                 updates = survivors.updates,
                 under_way = survivors.intents.len(),
                 "the last run was killed; what it captured is in the sidefile, and goes to the replica now"
             ),
-            LastRun::Lost => {
-                suspended = Some(SuspendReason::Error);
-                reason = Some("power failed: what was captured and not shipped is lost".to_owned());
+            LastRun::Killed { .. } => {
+                suspended = Some(SuspendReason::Link);
+                reason = Some(
+                    "the last run was killed while it was suspended: what changed is read again".to_owned(),
+                );
+            }
+            LastRun::Lost { .. } => {
+                activity.report();
+                suspended = Some(SuspendReason::Link);
+                reason = Some("power failed: what may differ between the sites is read again".to_owned());
             }
         }
         let mark = MarkKeeper::start(site.clone(), Arc::clone(&capture))?;
-        let opened = open_mirrors(&state, &arguments.mirrored, &order, sources, &capture)?;
+        let opened = open_mirrors(&state, &arguments.mirrored, &order, sources, &recorder)?;
         let survivors = last_run.survivors();
-        if suspended.is_none() {
+        let lost_after = last_run.lost_after();
+        let mut covered = false;
+        if let Some(why) = suspended {
+            covered = match &last_run {
+                LastRun::Clean(_) => take_up_changes(&site, &opened, &capture)?,
+                LastRun::Killed { .. } | LastRun::Lost { .. } => {
+                    note_activity(&activity, &opened, &capture, survivors);
+                    true
+                }
+            };
+            capture.suspend_again(why, covered);
+            tracing::error!(reason, "the session is SUSPENDED: the mount works, but nothing is mirrored");
+        } else {
             for left in survivors.iter().flat_map(|survivors| &survivors.intents) {
                 let mirror = &opened[left.volume.as_usize()].mirror;
                 mirror.recover(left).context("cannot read again what the last run had under way")?;
             }
         }
         capture.settle_left();
-        let mut covered = false;
-        if let Some(why) = suspended {
-            covered = matches!(last_run, LastRun::Clean(_)) && take_up_changes(&site, &opened, &capture)?;
-            capture.suspend_again(why, covered);
-            tracing::error!(reason, "the session is SUSPENDED: the mount works, but nothing is mirrored");
-        }
 
         let config = SenderConfig {
             session,
@@ -273,6 +291,9 @@ impl Running {
         };
         let sender_volumes = sender_volumes(&site, &opened, survivors)?;
         let mut sender = Sender::new(config, sender_volumes, capture.now());
+        if let Some(mark) = lost_after {
+            sender.cover(mark);
+        }
         // If a resync can make it good, what was captured before the suspension goes to the replica first.
         if let Some(reason) = suspended.filter(|reason| !(covered && is_passing(*reason))) {
             sender.handle_let_go();
@@ -312,6 +333,7 @@ impl Running {
         let state = Arc::new(Mutex::new(state));
         let primary = Primary::start(PrimaryParts {
             capture: Arc::clone(&capture),
+            log: Some(Arc::clone(&activity.log)),
             sender,
             maker: SetMaker::new(origin, volumes.clone()),
             volumes,
@@ -334,10 +356,11 @@ impl Running {
             layer.copies.start_copy(mirror, prepared)?;
         }
         let primary = Arc::new(Mutex::new(Some(primary)));
+        let keeper = activity.keep(Arc::clone(&capture), layer.mirrors.clone(), Arc::clone(&primary))?;
         let control = control::Server::start(&site.control_socket(), Arc::new(Control(Arc::clone(&primary))))
             .context("cannot listen on the control socket")?;
         let mounts = daemon::Mounts::new(mounts)?;
-        Ok(Self { site, state, capture, layer, primary, mark, mounts, _control: control })
+        Ok(Self { site, state, capture, activity, keeper, layer, primary, mark, mounts, _control: control })
     }
 
     /// Ends cleanly: everything captured is kept, nothing stays mounted.
@@ -368,6 +391,11 @@ impl Running {
             self.capture.release(updates);
         }
         let mut state = self.lock_state().clone();
+        drop(self.keeper);
+        // A power loss after a clean stop must find nothing to lose.
+        let flushed = self.activity.log.flush().map_err(anyhow::Error::from);
+        let synced = self.layer.mirrors.iter().try_for_each(|mirror| mirror.sync());
+        let safe = flushed.and(synced.context("cannot sync the source"));
         drop(self.mark);
         let last_seqs = self.capture.last_seqs();
         let mark = Timestamp(self.capture.now().0 + 1);
@@ -391,8 +419,9 @@ impl Running {
             let keep = state.suspended.is_some() && self.capture.is_covered();
             copies::save_changes(&self.site, volume, keep.then_some(changes))?;
         }
-        state.clean = true;
+        state.clean = safe.is_ok();
         self.site.save_state(&state)?;
+        failed.extend(safe.err());
         match failed.pop() {
             Some(error) => Err(error),
             None => Ok(()),
@@ -401,6 +430,20 @@ impl Running {
 
     fn lock_state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Notes what may differ between the sites after a run that lost what it had captured.
+fn note_activity(activity: &Activity, opened: &[Opened], capture: &Capture, survivors: Option<&Survivors>) {
+    for (index, opened) in (0..).map(VolumeIndex).zip(opened) {
+        let mut map = activity.changes(&opened.mirror, index);
+        let left = survivors.iter().flat_map(|survivors| &survivors.intents);
+        for left in left.filter(|left| left.volume == index) {
+            let noted = left.note.into_iter().flat_map(|note| [note.first, note.second]).flatten();
+            let named = left.intent().files().into_iter().flatten();
+            named.chain(noted.map(|(file, _)| file)).for_each(|file| map.note_whole(file));
+        }
+        capture.merge_changes(index, map);
     }
 }
 
@@ -469,17 +512,26 @@ enum LastRun {
     /// It was stopped, or there was none.
     Clean(Option<Survivors>),
     /// Its process ended in some other way; the machine went on.
-    Killed(Survivors),
+    Killed { survivors: Survivors, mark: Timestamp },
     /// The machine went down with it, and with what was in memory.
-    Lost,
+    Lost { mark: Timestamp },
 }
 
 impl LastRun {
     const fn survivors(&self) -> Option<&Survivors> {
         match self {
             Self::Clean(survivors) => survivors.as_ref(),
-            Self::Killed(survivors) => Some(survivors),
-            Self::Lost => None,
+            Self::Killed { survivors, .. } => Some(survivors),
+            Self::Lost { .. } => None,
+        }
+    }
+
+    /// If updates were lost, the instant that none of the run's stamps had reached.
+    const fn lost_after(&self) -> Option<Timestamp> {
+        match self {
+            Self::Killed { survivors, mark } if survivors.dropped => Some(*mark),
+            Self::Lost { mark } => Some(*mark),
+            Self::Clean(_) | Self::Killed { .. } => None,
         }
     }
 }
@@ -515,12 +567,12 @@ fn open_sidefile(
     let start = |floor| Start { session, volumes: &known, floor, limit };
     if !here.exists() {
         let capture = Capture::create(&here, bytes, &start(mark))?;
-        return Ok((capture, if state.clean { LastRun::Clean(None) } else { LastRun::Lost }));
+        return Ok((capture, if state.clean { LastRun::Clean(None) } else { LastRun::Lost { mark } }));
     }
     let clean = Capture::was_clean(&here) && state.clean;
     // A sidefile knows the last timestamp; the mark lies ahead of it.
     let (capture, survivors) = Capture::open(&here, &start(if clean { mark } else { Timestamp::ZERO }))?;
-    Ok((capture, if clean { LastRun::Clean(Some(survivors)) } else { LastRun::Killed(survivors) }))
+    Ok((capture, if clean { LastRun::Clean(Some(survivors)) } else { LastRun::Killed { survivors, mark } }))
 }
 
 fn acked_of(volume: &VolumeState) -> ChainPoint {
@@ -532,7 +584,7 @@ fn open_mirrors(
     mirrored: &[Mirrored],
     order: &[usize],
     sources: Vec<OwnedFd>,
-    capture: &Arc<Capture>,
+    recorder: &Arc<dyn Recorder>,
 ) -> anyhow::Result<Vec<Opened>> {
     let mut sources: Vec<Option<OwnedFd>> = sources.into_iter().map(Some).collect();
     let mut opened = Vec::new();
@@ -545,7 +597,7 @@ fn open_mirrors(
             None => new_instance()?,
         };
         let source = VolumeSource { index, name: mirrored.volume.clone(), instance, root };
-        let mirror = Mirror::new(vec![source], Arc::clone(capture) as _, Layout::SingleVolume)?;
+        let mirror = Mirror::new(vec![source], Arc::clone(recorder), Layout::SingleVolume)?;
         let root = mirror.root_of(index).context("the volume was just opened")?;
         let state = match known {
             Some(known) => {

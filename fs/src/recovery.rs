@@ -9,17 +9,19 @@
 //! Operations on names leave a note of what they found, right before their call. So it can be told whether the call took
 //! place, and it is published as the one update that it is.
 
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{OFlags, fstat, readlinkat};
-use twinfs_core::id::FileId;
+use rustix::fs::{Mode, OFlags, RawDir, fstat, openat, readlinkat};
+use twinfs_core::id::{FileId, VolumeIndex};
 use twinfs_core::limits;
+use twinfs_core::stamp::Timestamp;
 use twinfs_core::update::{Attr, AttrList, Intent, Kind, Note, Op, OpKind};
 use twinfs_replicator::primary::sidefile::LeftIntent;
 
 use crate::copier::next_data;
 use crate::errno::{FsError, Result};
-use crate::mirror::{Child, Mirror, Target, Volume, attr};
+use crate::mirror::{Attributes, Child, Mirror, Target, Volume, attr};
 use crate::ops::data::{CAPABILITY, read_full};
 use crate::ops::xattr::{ACCESS_ACL, DEFAULT_ACL};
 
@@ -58,6 +60,38 @@ impl Mirror {
                 None => Ok(()), // It had not come to its call.
             },
         }
+    }
+
+    /// The objects in a directory that changed at or after an instant, by their change times. None, if it is no directory.
+    ///
+    /// # Errors
+    /// The backing file system's.
+    pub fn children_changed_since(
+        &self,
+        volume: VolumeIndex,
+        dir: FileId,
+        since: Timestamp,
+    ) -> Result<Vec<FileId>> {
+        let volume = self.volumes.iter().find(|known| known.index == volume).ok_or(FsError::NoNode)?;
+        let Some(dir) = self.object(volume, dir)?.filter(|target| target.node.kind == Kind::Dir) else {
+            return Ok(Vec::new());
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOATIME;
+        let opened = openat(&dir.fd, c".", flags, Mode::empty())?;
+        let mut buffer = vec![MaybeUninit::uninit(); limits::DIR_BUFFER_BYTES];
+        let mut entries = RawDir::new(&opened, &mut buffer);
+        let mut changed = Vec::new();
+        while let Some(entry) = entries.next() {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            let found = if name == b"." || name == b".." { None } else { child(volume, &dir, name)? };
+            let is_new = |child: &Child| {
+                let (seconds, ns) = Attributes::from(&child.stat).ctime;
+                u64::try_from(seconds).unwrap_or_default() * 1_000_000_000 + u64::from(ns) >= since.0
+            };
+            changed.extend(found.filter(is_new).map(|child| child.id));
+        }
+        Ok(changed)
     }
 
     /// Publishes an update about one object, with its attributes.
@@ -224,7 +258,8 @@ fn size_of(target: &Target<'_>) -> Result<u64> {
 fn child(volume: &Volume, dir: &Target<'_>, name: &[u8]) -> Result<Option<Child>> {
     match volume.child(&dir.fd, name) {
         Ok(child) => Ok(Some(child)),
-        Err(FsError::Os(rustix::io::Errno::NOENT)) => Ok(None),
+        // Another file system's objects are not mirrored.
+        Err(FsError::Os(rustix::io::Errno::NOENT) | FsError::Foreign) => Ok(None),
         Err(error) => Err(error),
     }
 }

@@ -57,6 +57,7 @@ fail_points! {
     Primary "cut" Cut: "Updates were cut from the sidefile, no set was made of them.",
     Primary "issued" Issued: "Sets were made, and given to no link.",
     Primary "acknowledged" Acknowledged: "An acknowledgement was taken, the room in the sidefile is not free yet.",
+    Primary "released" Released: "The sidefile says that a set is acknowledged, its updates are still in it.",
     Primary "file-written" FileWritten: "A file of the site directory is durable beside the one that it shall replace.",
     Primary "state-saved" StateSaved: "The control file says that the session runs, no mount is there.",
     Primary "copier-object" CopierObject: "An object was published by the copy, its content and names were not.",

@@ -9,6 +9,7 @@
 //!   sidefile-BOOTID     primary: captured updates that the replica lacks
 //!   unacknowledged      primary: record sets that were made and not acknowledged when it stopped
 //!   copy/VOLUME         primary: where a stopped initial copy goes on
+//!   activity/           primary: files touched since the last point that both sites have for good
 //!   journal/            replica: record sets as received
 //!   image/              replica: the plain trees
 //!   loss/EPOCH/         promoted site: what the promote gave up
@@ -236,6 +237,12 @@ impl SiteDir {
     #[must_use]
     pub fn journal(&self) -> PathBuf {
         self.path.join("journal")
+    }
+
+    /// Where the activity log stands.
+    #[must_use]
+    pub fn activity(&self) -> PathBuf {
+        self.path.join("activity")
     }
 
     /// Where the control socket stands.

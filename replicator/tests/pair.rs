@@ -16,11 +16,13 @@ use twinfs_core::session::sender::{Sender, SenderConfig, SenderVolume};
 use twinfs_core::session::{ChainPoint, Role, VolumeState};
 use twinfs_core::stamp::Timestamp;
 use twinfs_core::update::{Attr, AttrList, Intent, Op};
+use twinfs_replicator::primary::activity_log::{ActivityConfig, ActivityLog};
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica as Peer};
 use twinfs_replicator::primary::sidefile::{Capture, Start, StartVolume, bytes_min};
 use twinfs_replicator::replica::driver::{PromoteMode, Replica, ReplicaConfig, StartError};
 use twinfs_replicator::site::{SiteDir, State};
+use twinfs_replicator::storage::SimStorage;
 
 const V: VolumeIndex = VolumeIndex(0);
 
@@ -148,7 +150,12 @@ fn what_is_published_is_shown_survives_restarts_and_can_be_promoted() {
     let mut sender = Sender::new(config, vec![kept], capture.now());
     sender.handle_copy_started(V).unwrap();
     let origin = SetOrigin { session, epoch, incarnation: Incarnation(5), level: 1 };
+    let disk = Arc::new(SimStorage::new(1));
+    // Nobody flushes it but the mover, before it ships a set.
+    let config = ActivityConfig { flush_ns: None, ..ActivityConfig::default() };
+    let log = Arc::new(ActivityLog::open(disk, session, Timestamp(1), config).unwrap().0);
     let primary = Primary::start(PrimaryParts {
+        log: Some(Arc::clone(&log)),
         capture: Arc::clone(&capture),
         sender,
         maker: SetMaker::new(origin, vec![volume.clone()]),
@@ -167,15 +174,21 @@ fn what_is_published_is_shown_survives_restarts_and_can_be_promoted() {
     publish(&capture, Op::Object { file: file(1), target: b"" }, &[root], b"");
     let created = Op::Create { dir: file(1), name: &b"hello"[..], file: file(2), target: &b""[..] };
     publish(&capture, created, &[root, (file(2), attr(0o100_644, 1, 0))], b"");
+    drop(log.touch(V, [file(1), file(2)].into_iter()).unwrap());
     write(&capture, 2, b"before the copy was whole");
     assert_eq!(shown(&replica, 2), None, "a volume appears whole or not at all");
     publish(&capture, Op::Complete, &[], b"");
     wait("the volume", || shown(&replica, 2).filter(|text| text == b"before the copy was whole"));
+    assert!(log.is_durable(V, file(2)), "what the replica has is in the activity log");
+    log.end_era(&|| capture.now()).unwrap();
+    drop(log.touch(V, std::iter::once(file(2))).unwrap());
+    assert!(!log.is_durable(V, file(2)));
 
     for round in 0..200u32 {
         write(&capture, 2, format!("round {round}").as_bytes());
     }
     wait("the last round", || shown(&replica, 2).filter(|text| text == b"round 199"));
+    assert!(log.is_durable(V, file(2)), "also in the next era");
     let status = wait("DUPLEX", || primary.status().filter(|status| status.session_state == "DUPLEX"));
     assert!(status.peer.connected && status.sets_sent > 0, "{status:?}");
 

@@ -117,13 +117,11 @@ fn primary_loses_power(kind: &str, test: &'static str) {
 }
 
 #[test]
-#[ignore = "the primary does not recover from a power loss yet"]
 fn primary_loses_power_on_ext4() {
     primary_loses_power("ext4", "primary_loses_power_on_ext4");
 }
 
 #[test]
-#[ignore = "the primary does not recover from a power loss yet"]
 fn primary_loses_power_on_xfs() {
     primary_loses_power("xfs", "primary_loses_power_on_xfs");
 }

@@ -23,11 +23,18 @@ pub(crate) struct OpenFile {
     pub(crate) nodeid: u64,
     pub(crate) id: FileId,
     pub(crate) slot: usize,
+    /// Its writes are durable when they return, or go past the cache: `O_SYNC`, `O_DSYNC`, `O_DIRECT`.
+    synchronous: bool,
 }
 
 impl OpenFile {
     pub(crate) fn new(node: &NodeRef, fd: OwnedFd) -> Self {
-        Self { fd, nodeid: node.nodeid, id: node.id, slot: node.slot }
+        Self { fd, nodeid: node.nodeid, id: node.id, slot: node.slot, synchronous: false }
+    }
+
+    /// The same, opened with some flags.
+    pub(crate) fn with_flags(self, flags: i32) -> Self {
+        Self { synchronous: is_synchronous(flags), ..self }
     }
 }
 
@@ -41,6 +48,12 @@ pub struct Written {
 }
 
 const SET_ID_BITS: u32 = libc::S_ISUID | libc::S_ISGID;
+
+/// Whether writes with these flags are durable when they return, or go past the cache.
+pub(crate) const fn is_synchronous(flags: i32) -> bool {
+    // O_SYNC contains O_DSYNC.
+    flags & (libc::O_DSYNC | libc::O_DIRECT) != 0
+}
 
 /// How a file is opened below, for flags above. Never for writing only, because copied ranges are read back; never
 /// with `O_APPEND`, because the kernel above has found the offset under its own lock; never with `O_TRUNC`, which the
@@ -60,7 +73,7 @@ impl Mirror {
     pub fn open(&self, nodeid: u64, flags: i32) -> Result<u64> {
         let target = self.target(nodeid)?;
         let fd = self.open_backing(&target, backing_flags(flags))?;
-        Ok(self.files.insert(OpenFile::new(&target.node, fd)))
+        Ok(self.files.insert(OpenFile::new(&target.node, fd).with_flags(flags)))
     }
 
     /// Opens what a node stands for, for reading or writing.
@@ -138,7 +151,7 @@ impl Mirror {
         data_bytes: usize,
         change: impl FnOnce(u64) -> Result<(T, Op<&'static [u8]>, &'d [u8])>,
     ) -> Result<(T, bool)> {
-        let (pending, lost, _guard) = self.reserve_content(file, intent, data_bytes)?;
+        let (pending, lost, guard) = self.reserve_content(file, intent, data_bytes)?;
         let before = fstat(&file.fd)?;
         let outcome = {
             let _set_id = SetId::keep(keep_set_id || before.st_mode & SET_ID_BITS == 0)?;
@@ -162,6 +175,10 @@ impl Mirror {
         if let Some(pending) = lost.filter(|_| !has_capability(&file.fd)) {
             let attrs = std::iter::once((file.id, attr(&after))).collect();
             let _stamp = pending.publish(Op::RemoveXattr { file: file.id, name: CAPABILITY }, attrs, &[]);
+        }
+        drop(guard);
+        if file.synchronous {
+            self.recorder.log_durably(self.volumes[file.slot].index, file.id);
         }
         Ok((result, before.st_mode != after.st_mode))
     }
@@ -197,12 +214,21 @@ impl Mirror {
         Ok(())
     }
 
+    /// Makes durable that a file was touched: for writes that shall be durable although the file was not opened so.
+    pub fn log_durably(&self, fh: u64) {
+        if let Some(file) = self.files.get(fh) {
+            self.recorder.log_durably(self.volumes[file.slot].index, file.id);
+        }
+    }
+
     /// Makes a file durable.
     ///
     /// # Errors
     /// The backing file system's.
     pub fn fsync(&self, fh: u64, data_only: bool) -> Result<()> {
         let file = self.files.get(fh).ok_or(FsError::NoHandle)?;
+        // First, so that nothing becomes durable here that a power loss would not find in the log.
+        self.recorder.log_durably(self.volumes[file.slot].index, file.id);
         Ok(if data_only { rustix::fs::fdatasync(&file.fd) } else { rustix::fs::fsync(&file.fd) }?)
     }
 

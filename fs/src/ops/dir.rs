@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, openat, seek, statat};
+use twinfs_core::id::{FileId, VolumeIndex};
 use twinfs_core::limits;
 use twinfs_core::update::Kind;
 
@@ -30,7 +31,7 @@ pub struct DirItem<'a> {
 #[derive(Debug)]
 pub(crate) enum OpenDir {
     /// In the backing file system.
-    Backing { fd: OwnedFd, stream: Mutex<Stream> },
+    Backing { fd: OwnedFd, volume: VolumeIndex, id: FileId, stream: Mutex<Stream> },
     /// The list of volumes.
     List,
 }
@@ -64,7 +65,8 @@ impl Mirror {
         // A descriptor of its own: the position in the directory belongs to it.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = openat(&target.fd, c".", flags, Mode::empty())?;
-        Ok(self.dirs.insert(OpenDir::Backing { fd, stream: Mutex::default() }))
+        let (volume, id) = (target.volume.index, target.node.id);
+        Ok(self.dirs.insert(OpenDir::Backing { fd, volume, id, stream: Mutex::default() }))
     }
 
     /// Closes a directory.
@@ -78,8 +80,10 @@ impl Mirror {
     /// The backing file system's.
     pub fn fsync_dir(&self, fh: u64, data_only: bool) -> Result<()> {
         match &*self.dirs.get(fh).ok_or(FsError::NoHandle)? {
-            OpenDir::Backing { fd, .. } if data_only => Ok(rustix::fs::fdatasync(fd)?),
-            OpenDir::Backing { fd, .. } => Ok(rustix::fs::fsync(fd)?),
+            OpenDir::Backing { fd, volume, id, .. } => {
+                self.recorder.log_durably(*volume, *id);
+                Ok(if data_only { rustix::fs::fdatasync(fd) } else { rustix::fs::fsync(fd) }?)
+            }
             OpenDir::List => Ok(()),
         }
     }
@@ -91,7 +95,7 @@ impl Mirror {
     /// The backing file system's.
     pub fn read_dir(&self, fh: u64, from: u64, take: &mut dyn FnMut(&DirItem<'_>) -> bool) -> Result<()> {
         let dir = self.dirs.get(fh).ok_or(FsError::NoHandle)?;
-        let OpenDir::Backing { fd, stream } = &*dir else {
+        let OpenDir::Backing { fd, stream, .. } = &*dir else {
             self.read_list(from, take);
             return Ok(());
         };

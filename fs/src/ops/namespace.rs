@@ -144,7 +144,7 @@ impl Mirror {
             Err(error) => return Err(error),
         };
         let node = self.nodes.get(entry.nodeid).ok_or(FsError::NoNode)?;
-        Ok((entry, self.files.insert(OpenFile::new(&node, file))))
+        Ok((entry, self.files.insert(OpenFile::new(&node, file).with_flags(flags))))
     }
 
     /// Opens a file that was to be created but exists, and truncates it with `O_TRUNC`.

@@ -290,3 +290,28 @@ const _: () = {
     // A primary's volume has a path, which JSON may write six times as long, and less than a KiB beside it.
     assert!(CONTROL_FILE_BYTES_MAX >= VOLUMES_MAX as u64 * (6 * 4096 + 1024));
 };
+
+// The activity log of the primary.
+
+/// Most files that one era of the activity log names. An era of more says "everything".
+pub const ACTIVITY_FILES_MAX: usize = 1 << 20;
+/// Bytes of an era's file past which it is written anew, packed.
+pub const ACTIVITY_FILE_BYTES_MAX: u64 = 64 << 20;
+/// Eras that the activity log keeps. While none may go, the last one goes on.
+pub const ACTIVITY_ERAS_MAX: usize = 16;
+/// Age at which an era of the activity log ends, in nanoseconds.
+pub const ACTIVITY_ERA_NS: u64 = 5_000_000_000;
+/// Longest time that an entry of the activity log waits for its write to begin, in nanoseconds.
+pub const ACTIVITY_FLUSH_NS: u64 = 50_000_000;
+/// Step in which an era's file grows ahead of its use, in bytes.
+pub const ACTIVITY_AHEAD_BYTES: u64 = 64 << 10;
+/// Locks that the set of files of an era is divided by.
+pub const ACTIVITY_SHARDS: usize = 64;
+
+const _: () = {
+    // Packed, with 20 files in 512 bytes, an era always leaves half of its file to what comes.
+    assert!((ACTIVITY_FILES_MAX.div_ceil(20) * 512 + 2 * 4096) as u64 <= ACTIVITY_FILE_BYTES_MAX / 2);
+    assert!(ACTIVITY_ERAS_MAX >= 3 && ACTIVITY_ERAS_MAX < STORAGE_FILES_MAX);
+    assert!(ACTIVITY_FLUSH_NS <= 100_000_000 / 2);
+    assert!(ACTIVITY_SHARDS.is_power_of_two());
+};

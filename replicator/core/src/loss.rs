@@ -25,7 +25,7 @@ use crate::limits;
 use crate::record_set::SetMeta;
 use crate::stamp::{Seq, Stamp, Timestamp};
 use crate::token::Token;
-use crate::update::{OpKind, Update};
+use crate::update::{Op, OpKind, Update};
 
 /// What a replica knows of a volume beyond what it shows:
 /// [`Receiver::knowledge`](crate::session::receiver::Receiver::knowledge).
@@ -83,6 +83,13 @@ pub enum Known<'a> {
 }
 
 impl<'a> LostUpdate<'a> {
+    const fn is_resync(&self) -> bool {
+        match self.known {
+            Known::Data(update, _) => matches!(update.op, Op::Resync),
+            Known::Token(token) => matches!(token.op, OpKind::Resync),
+        }
+    }
+
     /// The address that it wrote.
     #[must_use]
     pub fn token(&self) -> Cow<'a, Token> {
@@ -232,7 +239,9 @@ fn known<'a>(index: VolumeIndex, volume: &VolumeKnowledge<'a>) -> Vec<LostUpdate
 /// The latest instant for which it is certain that everything of the volume up to it is grouped or in `known`.
 fn complete_until(volume: &VolumeKnowledge<'_>, known: &[LostUpdate<'_>]) -> Timestamp {
     let expected = (volume.through.next().0..).map(Seq);
-    let run = known.iter().zip(expected).take_while(|(update, seq)| update.stamp.seq == *seq).last();
+    // Before a resync, updates were dropped that have no number: they only come, as one, with its end.
+    let follows = |(update, seq): &(&LostUpdate<'_>, Seq)| update.stamp.seq == *seq && !update.is_resync();
+    let run = known.iter().zip(expected).take_while(follows).last();
     let (last, time) =
         run.map_or((volume.through, Timestamp::ZERO), |(update, seq)| (seq, update.stamp.time));
     let proven = volume.bounds.iter().filter(|(seq, _)| *seq <= last).map(|(_, until)| *until);

@@ -176,3 +176,21 @@ fn a_killed_copy_that_was_whole_becomes_duplex() {
     assert!(sender.is_whole(A));
     assert_eq!(sender.link(A).unwrap().number, SetNumber(1));
 }
+
+#[test]
+fn a_primary_that_was_taken_back_is_no_lost_tail() {
+    let (mut sender, mut receiver) = (Sender::new(sender_config(), vec![sender_volume(0)], START), replica());
+    connect(&mut sender, &mut receiver).unwrap();
+    let sets: Vec<_> = (0..3).map(|_| issue(&mut sender, 1)).collect();
+    sets.iter().for_each(|set| deliver(&mut receiver, set));
+    let plan = receiver.poll_group().unwrap();
+    receiver.handle_committed(plan.number).unwrap();
+    // Power failed: no stamp had reached 3, or the replica heard from a future that never was here.
+    for (mark, diverges) in [(Timestamp(3), false), (Timestamp(2), true)] {
+        let mut lost: TestSender = Sender::new(sender_config(), vec![sender_volume(0)], START);
+        lost.cover(mark);
+        let connected = connect(&mut lost, &mut receiver);
+        assert_eq!(connected.is_err(), diverges, "{connected:?}");
+        assert_eq!(lost.session_state() == twinfs_core::session::SessionState::Diverged, diverges);
+    }
+}

@@ -166,7 +166,7 @@ fn a_primary_whose_map_covers_the_difference_adopts_what_the_replica_has() {
 
         let mut sender = sender(&ours, acked);
         sender.suspend(SuspendReason::Error);
-        sender.cover();
+        sender.cover(Timestamp(1000));
         sender.handle_welcome(Timestamp(1000), &welcome(&mut receiver, &sender)).unwrap();
         let durable = receiver.view().volumes[0].durable;
         assert_eq!(sender.poll_restart(), Some(vec![durable.last_seq]));
@@ -194,7 +194,7 @@ fn another_tree_a_higher_epoch_and_sets_beyond_a_gap_are_not_adopted() {
     let mut receiver = Receiver::restore(state(1), Ordering::ByStamp);
     take(&mut receiver, A, &sets[0]);
     let mut covered = sender(&sets, 1);
-    covered.cover();
+    covered.cover(Timestamp(1000));
     let mut other = covered.hello();
     other.volumes[0].instance = VolumeInstance::new(5).unwrap();
     assert!(receiver.handle_hello(&other).is_err());
@@ -205,7 +205,7 @@ fn another_tree_a_higher_epoch_and_sets_beyond_a_gap_are_not_adopted() {
     beyond.volumes[0].durable = ChainPoint::START;
     beyond.volumes[0].beyond = vec![SetNumber(2)];
     let mut covered = sender(&sets, 1);
-    covered.cover();
+    covered.cover(Timestamp(1000));
     assert!(matches!(covered.handle_welcome(Timestamp(1000), &beyond), Err(ResumeError::Diverged { .. })));
     assert_eq!(covered.session_state(), SessionState::Diverged);
 }

@@ -1,5 +1,6 @@
 //! The primary: from captured updates to a peer that has them.
 //!
+//! * [`activity_log`] – the durable list of touched files, for power loss.
 //! * [`sidefile`] – what the file system layer publishes its updates into.
 //! * [`clock`] – where timestamps come from.
 //! * [`chain`] – from a cut of the sidefile to record sets.
@@ -7,6 +8,7 @@
 //! * `link` – keeps a connection to the replica, and carries bytes between it and the mover.
 //! * [`store`] – what is kept from run to run.
 
+pub mod activity_log;
 pub mod chain;
 pub mod clock;
 mod link;

@@ -4,7 +4,7 @@
 mod resync;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,6 +23,7 @@ use twinfs_core::token::{Token, encode_batch};
 use twinfs_core::update;
 use twinfs_core::wire::{Message, PromoteReady, Refuse, RefuseCode, Text};
 
+use super::activity_log::{ActivityLog, Mark};
 use super::chain::{PathHints, Rooms, SetMaker, SetVolume};
 use super::link::{self, HoldBack, Input, Outbox};
 use super::sidefile::{Capture, Captured, Overflow};
@@ -85,6 +86,8 @@ pub trait Files: PathHints {
 pub struct PrimaryParts {
     /// The sidefile.
     pub capture: Arc<Capture>,
+    /// The activity log: no set is shipped before the entries of its updates are durable.
+    pub log: Option<Arc<ActivityLog>>,
     /// The state machine.
     pub sender: Sender<Bytes>,
     /// What makes sets of cuts.
@@ -139,6 +142,8 @@ struct Shared {
     /// Somebody asks for the state.
     wanted: AtomicBool,
     stop: Mutex<Option<Instant>>,
+    /// What [`Primary::both_have`] answers.
+    both_have: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -168,6 +173,8 @@ impl Primary {
         let rooms = parts.volumes.iter().map(|_| VecDeque::new()).collect();
         let mover = Mover {
             capture: Arc::clone(&capture),
+            log: parts.log,
+            logged: Mark::default(),
             shared: Arc::clone(&shared),
             sender: parts.sender,
             maker: parts.maker,
@@ -208,6 +215,16 @@ impl Primary {
         lock(&self.shared.board).clone()
     }
 
+    /// The instant up to which the replica has everything in committed groups; zero unless the session is DUPLEX. While
+    /// it is not, a group may lack what was let go, and what a resync has not brought yet.
+    #[must_use]
+    pub fn both_have(&self) -> Timestamp {
+        match self.capture.fill().suspended {
+            true => Timestamp::ZERO,
+            false => Timestamp(self.shared.both_have.load(Ordering::Acquire)),
+        }
+    }
+
     /// Ends the session: ships what it can until `patience` is over, and returns the state to keep for the next run.
     /// No update may be published any more.
     pub fn stop(mut self, patience: Duration) -> Option<Stopped> {
@@ -238,6 +255,9 @@ enum Handover {
 
 struct Mover {
     capture: Arc<Capture>,
+    log: Option<Arc<ActivityLog>>,
+    /// The entries up to this mark belong to sets that were made.
+    logged: Mark,
     shared: Arc<Shared>,
     sender: Sender<Bytes>,
     maker: SetMaker,
@@ -415,6 +435,7 @@ impl Mover {
         while let Some(released) = self.sender.poll_released() {
             let rooms = &mut self.rooms[released.volume.as_usize()];
             self.capture.acknowledge(released.volume, released.point, released.end);
+            failpoint::pass(FailPoint::Released);
             while rooms.front().is_some_and(|(number, _)| *number <= released.point.number) {
                 let (_, updates) = rooms.pop_front().expect("it was there just now");
                 self.capture.release(&updates);
@@ -437,6 +458,7 @@ impl Mover {
                 self.send_tokens();
             }
             let cut = self.capture.cut(limits::SET_RAW_BYTES_TARGET);
+            self.logged = self.log.as_ref().map_or(self.logged, |log| log.mark());
             // More may have come in the meantime; its tokens follow.
             if is_idle && cut.updates.iter().map(Captured::bytes).sum::<usize>() <= PACKET_BYTES {
                 self.tokened = self.tokened.max(cut.end);
@@ -489,6 +511,11 @@ impl Mover {
 
     fn transmit(&mut self) {
         let Some(connection) = &self.connection else { return };
+        // What the replica has must be in the log, because after a power loss this site may have it no more.
+        if self.log.as_ref().is_some_and(|log| log.wait_durable(self.logged).is_err()) {
+            self.capture.suspend();
+            return;
+        }
         while let Some((_, set)) = self.sender.poll_transmit() {
             connection.outbox.set(set.handle.clone());
             self.sets_sent += 1;
@@ -560,6 +587,9 @@ impl Mover {
             let why = match fill.overflow {
                 Some(Overflow::LinkDown) => "the sidefile was full and no link drained it",
                 Some(Overflow::TooSlow) => "the sidefile was full and the link too slow to drain it",
+                None if self.log.as_ref().is_some_and(|log| log.failure().is_some()) => {
+                    "the activity log cannot be written"
+                }
                 None => "it was suspended here",
             };
             tracing::error!(why, "the session is SUSPENDED: programs go on, their changes are not mirrored");
@@ -657,6 +687,9 @@ impl Mover {
             return;
         }
         self.published = Some(Instant::now());
+        let is_duplex = self.sender.session_state() == SessionState::Duplex;
+        let both_have = if is_duplex { self.sender.progress().time.0 } else { 0 };
+        self.shared.both_have.store(both_have, Ordering::Release);
         let now = self.capture.now();
         let fill = self.capture.fill();
         let (queued_bytes, queued, queued_oldest) = self.capture.queued();

@@ -1,18 +1,17 @@
 //! Certificates, requests, keys and site files.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use pem::Pem;
 use rustls_pki_types::CertificateDer;
-use tempfile::TempDir;
 use twinfs_certs::{import, init, load, peer_site, request, sign};
 use twinfs_core::id::SiteName;
 
 use crate::{choice, chosen, scratch};
 
-static DIR: OnceLock<TempDir> = OnceLock::new();
+static DIR: OnceLock<PathBuf> = OnceLock::new();
 
 const REQUEST: &str = "CERTIFICATE REQUEST";
 const CERTIFICATE: &str = "CERTIFICATE";

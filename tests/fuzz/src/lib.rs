@@ -15,7 +15,8 @@ mod sets;
 mod sidefile;
 mod site;
 
-use std::sync::OnceLock;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use tempfile::TempDir;
 
@@ -57,18 +58,28 @@ pub fn target(name: &str) -> Option<&'static Target> {
     TARGETS.iter().find(|target| target.name == name)
 }
 
-/// A directory for the files of a target, on memory if the system has such a file system. It goes with the process that
-/// cleans `TMPDIR`: libFuzzer leaves no way to run anything at its end.
-fn scratch(
-    cell: &'static OnceLock<TempDir>,
-    fill: impl FnOnce(&std::path::Path),
-) -> &'static std::path::Path {
-    let dir = cell.get_or_init(|| {
+static SCRATCH: Mutex<Vec<TempDir>> = Mutex::new(Vec::new());
+
+/// A directory for the files of a target, made at its first use.
+fn scratch(cell: &'static OnceLock<PathBuf>, fill: impl FnOnce(&Path)) -> &'static Path {
+    cell.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
         fill(dir.path());
-        dir
-    });
-    dir.path()
+        let path = dir.path().to_owned();
+        SCRATCH.lock().unwrap().push(dir);
+        path
+    })
+}
+
+/// Dropped, it removes the files of all targets, of which none may run any more. libFuzzer leaves no way to run anything
+/// at its end: whoever calls it removes its `TMPDIR`.
+#[derive(Debug)]
+pub struct CleanUp;
+
+impl Drop for CleanUp {
+    fn drop(&mut self) {
+        SCRATCH.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
 }
 
 /// Takes the first byte: how to read the rest.

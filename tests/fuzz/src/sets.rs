@@ -1,9 +1,9 @@
 //! Record sets, updates, and the file of sets that were not acknowledged.
 
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use bytes::Bytes;
-use tempfile::TempDir;
 use twinfs_core::format::{Builder, EncodedSet, SetPlace, UnverifiedSet, describe};
 use twinfs_core::id::{
     Epoch, Incarnation, SessionId, SetHash, SetNumber, SiteId, VolumeInstance, VolumeName,
@@ -207,7 +207,7 @@ pub(crate) fn update_seeds() -> Vec<Vec<u8>> {
     seeds
 }
 
-static SITE: OnceLock<TempDir> = OnceLock::new();
+static SITE: OnceLock<PathBuf> = OnceLock::new();
 
 pub(crate) fn unacknowledged(bytes: &[u8]) -> bool {
     let (how, bytes) = choice(bytes);

@@ -1,10 +1,9 @@
 //! The sidefile of a killed primary: a real one with words of it changed, as random bits or another program would.
 
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use tempfile::TempDir;
 use twinfs_core::id::{SessionId, SetHash, SetNumber, VolumeIndex};
 use twinfs_core::session::ChainPoint;
 use twinfs_core::stamp::Timestamp;
@@ -23,7 +22,7 @@ struct Template {
     words: Vec<usize>,
 }
 
-static DIR: OnceLock<TempDir> = OnceLock::new();
+static DIR: OnceLock<PathBuf> = OnceLock::new();
 static TEMPLATE: OnceLock<Template> = OnceLock::new();
 
 fn start(volumes: &[StartVolume]) -> Start<'_> {
@@ -31,7 +30,7 @@ fn start(volumes: &[StartVolume]) -> Start<'_> {
     Start { session, volumes, floor: Timestamp::ZERO, limit: Timestamp(u64::MAX) }
 }
 
-fn path() -> std::path::PathBuf {
+fn path() -> PathBuf {
     scratch(&DIR, |_| {}).join("sidefile")
 }
 

@@ -1,8 +1,8 @@
 //! What the site directory holds as text, the control socket, and the state of an unfinished copy.
 
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-use tempfile::TempDir;
 use twinfs::copier::Copier;
 use twinfs::mirror::{Layout, Mirror, VolumeSource, open_source};
 use twinfs_core::id::{
@@ -122,7 +122,7 @@ pub(crate) fn state_seeds() -> Vec<Vec<u8>> {
     vec![chosen(0, &empty), chosen(0, &full), chosen(1, &body(&empty)), chosen(1, &body(&full))]
 }
 
-static TREE: OnceLock<TempDir> = OnceLock::new();
+static TREE: OnceLock<PathBuf> = OnceLock::new();
 static MIRROR: OnceLock<Mirror> = OnceLock::new();
 const VOLUME: VolumeIndex = VolumeIndex(0);
 

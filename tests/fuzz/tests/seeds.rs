@@ -1,9 +1,10 @@
 //! The seeds of the fuzz targets reach what they are made for.
 
-use twinfs_fuzz::TARGETS;
+use twinfs_fuzz::{CleanUp, TARGETS};
 
 #[test]
 fn every_target_takes_its_seeds_and_refuses_nonsense() {
+    let _files = CleanUp;
     for target in &TARGETS {
         let seeds = (target.seeds)();
         let taken = seeds.iter().filter(|seed| (target.run)(seed)).count();

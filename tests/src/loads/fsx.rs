@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+
 use super::{Load, Lost};
 use crate::process::{Background, PATIENCE, installed_tool};
 
@@ -53,6 +55,14 @@ impl Fsx {
         dir.join("mounted").exists() && std::fs::write(dir.join("probe"), b"").is_ok()
     }
 
+    /// A number that no other mount ever has.
+    fn mount(&self) -> Option<u64> {
+        /// `STATX_MNT_ID_UNIQUE`
+        const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+        let dir = self.file.parent()?;
+        Some(statx(CWD, dir, AtFlags::empty(), UNIQUE).ok()?.stx_mnt_id)
+    }
+
     /// Runs it to its end. With a dead disk below it, it may never come to one.
     fn run(&self) -> Result<(ExitStatus, String), Lost> {
         let log = self.work.join("fsx.log");
@@ -86,11 +96,13 @@ impl Load for Fsx {
 
     fn step(&mut self) -> Result<(), Lost> {
         self.seed += 1;
+        let mount = self.mount();
         let (status, text) = self.run()?;
         if status.success() {
             return Ok(());
         }
-        if !self.is_there() {
+        // It may have gone on in the next mount, which lacks what was in a mapping of the last one.
+        if !self.is_there() || self.mount() != mount {
             return Err(Lost);
         }
         // The mount may be there again by now. SIGBUS is what a mapping of a file that cannot be read gives.

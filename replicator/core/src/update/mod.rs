@@ -399,7 +399,7 @@ impl AttrList {
     }
 
     /// The entries.
-    pub fn iter(&self) -> impl Iterator<Item = &(FileId, Attr)> {
+    pub fn iter(&self) -> impl Iterator<Item = &(FileId, Attr)> + Clone {
         self.entries.iter().flatten()
     }
 

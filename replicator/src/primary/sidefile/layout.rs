@@ -12,8 +12,9 @@ use crate::sys::map::{SharedMap, WORD};
 
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"TWINSIDE");
 pub(super) const VERSION: u64 = 2;
+pub(super) const PAGE_BYTES: usize = 4096;
 pub(super) const HEADER_BYTES: usize =
-    ((W_VOLUMES + limits::VOLUMES_MAX * VOLUME_WORDS) * WORD).next_multiple_of(4096);
+    ((W_VOLUMES + limits::VOLUMES_MAX * VOLUME_WORDS) * WORD).next_multiple_of(PAGE_BYTES);
 pub(super) const SLOT_WORDS: usize = 8;
 pub(super) const SLOT_BYTES: usize = SLOT_WORDS * WORD;
 /// One slot for this many bytes of the ring: small operations fill slots and ring about evenly.

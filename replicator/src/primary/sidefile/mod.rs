@@ -51,9 +51,9 @@ use twinfs_core::stamp::{Seq, Stamp, Timestamp};
 use twinfs_core::update::{self, AttrList, Intent, Note, Op, OpKind, Update};
 
 use self::layout::{
-    FREE, HEADER_BYTES, INTENT, MAGIC, NOTE_BYTES, PUBLISHED, RING_BYTES_PER_SLOT, SLOT_BYTES, SLOT_WORDS,
-    SlotState, VERSION, VolumeWords, W_CLEAN, W_DROPPED, W_LAST_TIME, W_MAGIC, W_RING, W_SESSION, W_SLOTS,
-    W_VERSION, from_halves, intent_room, padded, session_words,
+    FREE, HEADER_BYTES, INTENT, MAGIC, NOTE_BYTES, PAGE_BYTES, PUBLISHED, RING_BYTES_PER_SLOT, SLOT_BYTES,
+    SLOT_WORDS, SlotState, VERSION, VolumeWords, W_CLEAN, W_DROPPED, W_LAST_TIME, W_MAGIC, W_RING, W_SESSION,
+    W_SLOTS, W_VERSION, from_halves, intent_room, padded, session_words,
 };
 pub use self::resume::NotHeld;
 pub use self::survivors::{LeftIntent, SurvivingChain, Survivors};
@@ -314,7 +314,7 @@ impl Capture {
     pub fn create(path: &Path, bytes: u64, start: &Start<'_>) -> Result<Self, SidefileError> {
         let fail = |source| SidefileError::Io { path: path.to_owned(), source };
         let size = usize::try_from(bytes).ok().filter(|_| bytes >= bytes_min());
-        let size = size.ok_or(SidefileError::Size { bytes })?.next_multiple_of(HEADER_BYTES);
+        let size = size.ok_or(SidefileError::Size { bytes })?.next_multiple_of(PAGE_BYTES);
         let slots = (size - HEADER_BYTES) / (RING_BYTES_PER_SLOT + SLOT_BYTES);
         let ring_bytes = size - HEADER_BYTES - slots * SLOT_BYTES;
         let file = OpenOptions::new()

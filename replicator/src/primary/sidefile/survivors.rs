@@ -92,6 +92,15 @@ impl Capture {
         if published.last().is_some_and(|last| last.stamp.time > publish.clock.last()) {
             return Err(damaged("an update is later than the last timestamp"));
         }
+        // The process may have ended after it noted an acknowledgement and before it let go of what that covers.
+        published.retain(|captured| {
+            let (acked, _) = VolumeWords::of(&self.map, captured.volume.as_usize()).acked();
+            let is_left = captured.stamp.seq > acked.last_seq;
+            if !is_left {
+                self.slot_words(captured.slot)[0].store(FREE, Ordering::Release);
+            }
+            is_left
+        });
         for captured in &published {
             let last = &mut publish.last_seq[captured.volume.as_usize()];
             *last = (*last).max(captured.stamp.seq);
@@ -111,6 +120,7 @@ impl Capture {
             {
                 return Err(damaged("its slots do not follow each other"));
             }
+            self.advance_head(&mut ring);
         }
         let chains = (0..volumes).map(|volume| {
             let words = VolumeWords::of(&self.map, volume);

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use twinfs_fuzz::TARGETS;
+use twinfs_fuzz::{CleanUp, TARGETS};
 
 fn main() -> std::io::Result<()> {
+    let _files = CleanUp;
     let dir = PathBuf::from(std::env::args_os().nth(1).expect("the directory for the seeds"));
     for target in &TARGETS {
         let dir = dir.join(target.name);

@@ -99,14 +99,11 @@ impl Tokens {
         }
     }
 
-    /// A set with these updates is dropped.
-    pub(super) fn handle_withdrawn(&mut self, first: Seq, last: Seq) {
-        for entry in self.by_seq.range_mut(first..=last).map(|(_, entry)| entry) {
-            if entry.has_data {
-                entry.has_data = false;
-                self.bare.count += 1;
-                self.bare.bytes = self.bare.bytes.saturating_add(written(&entry.token));
-            }
+    /// Forgets what came of the updates after one.
+    pub(super) fn drop_after(&mut self, last: Seq) {
+        for entry in self.by_seq.split_off(&last.next()).into_values().filter(|entry| !entry.has_data) {
+            self.bare.count -= 1;
+            self.bare.bytes = self.bare.bytes.saturating_sub(written(&entry.token));
         }
     }
 

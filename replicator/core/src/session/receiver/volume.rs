@@ -401,9 +401,10 @@ impl Volume {
         let gone = self.sets.split_off(&from.0);
         for held in gone.values() {
             freed += held.charge;
-            self.tokens.handle_withdrawn(held.first_seq, held.last_seq);
         }
         self.null.take_if(|null| null.number >= from);
+        // Their numbers may be given to other updates; of those that are not, the primary tells again.
+        self.tokens.drop_after(self.chain.last_seq);
         (gone.into_keys().map(SetNumber).collect(), freed)
     }
 

@@ -68,7 +68,7 @@ pub struct Sender<H> {
     suspended: Option<SuspendReason>,
     needs_resync: bool,
     /// A change map names all that the replica may lack, wherever it stands.
-    covered: bool,
+    covered: Option<Timestamp>,
     restarted: Option<Vec<Seq>>,
     diverged: bool,
     fenced: Option<Epoch>,
@@ -99,7 +99,7 @@ impl<H: Clone> Sender<H> {
             null_interval_ns: limits::INTERVAL_NS,
             suspended: None,
             needs_resync: false,
-            covered: false,
+            covered: None,
             restarted: None,
             diverged: false,
             fenced: None,
@@ -157,9 +157,9 @@ impl<H: Clone> Sender<H> {
             root: volume.root,
             state: volume.state,
             // Whatever the replica has is right for one whose change map covers the rest.
-            acked: if self.covered { ChainPoint::START } else { volume.window.acked() },
-            oldest: if self.covered { SetNumber(1) } else { volume.window.acked().number.next() },
-            newest: if self.covered { SetNumber(0) } else { volume.window.issued().number },
+            acked: if self.covered.is_some() { ChainPoint::START } else { volume.window.acked() },
+            oldest: if self.covered.is_some() { SetNumber(1) } else { volume.window.acked().number.next() },
+            newest: if self.covered.is_some() { SetNumber(0) } else { volume.window.issued().number },
         });
         Hello {
             protocol: PROTOCOL,
@@ -180,7 +180,9 @@ impl<H: Clone> Sender<H> {
     pub fn handle_welcome(&mut self, now: Timestamp, welcome: &Welcome) -> Result<(), ResumeError> {
         self.handle_disconnected();
         let wire = match self.check_welcome(welcome) {
-            Err(error) if self.covered && error.is_about_the_past() => self.restart(now, welcome)?,
+            Err(error) if self.is_covered(welcome) && error.is_about_the_past() => {
+                self.restart(now, welcome)?
+            }
             checked => checked.inspect_err(|error| self.note(error))?,
         };
         for (theirs, index) in welcome.volumes.iter().zip(&wire) {

@@ -25,8 +25,15 @@ impl<H: Clone> Sender<H> {
     /// no divergence: its point is adopted. Another tree, another session and a higher epoch stay what they are.
     ///
     /// Call it before [`hello`](Self::hello). The replica must not hold sets beyond a gap of an earlier run.
-    pub fn cover(&mut self) {
-        self.covered = true;
+    /// `mark` is an instant that no stamp of the runs before has reached: a replica that shows something later heard of it
+    /// from a future that this site was taken back from (a reverted machine), of which the map knows nothing.
+    pub fn cover(&mut self, mark: Timestamp) {
+        self.covered = Some(mark);
+    }
+
+    /// Whether the two sites may disagree about the past.
+    pub(super) fn is_covered(&self, welcome: &Welcome) -> bool {
+        self.covered.is_some_and(|mark| welcome.time <= mark)
     }
 
     /// Goes on from where the replica stands. The sets that were made are forgotten.
@@ -44,6 +51,10 @@ impl<H: Clone> Sender<H> {
         let mut last_seqs = vec![Seq::ZERO; self.volumes.len()];
         for (theirs, index) in welcome.volumes.iter().zip(&wire) {
             let ours = &mut self.volumes[index.as_usize()];
+            if theirs.member {
+                // Its copy was complete, though this site does not remember.
+                ours.state = VolumeState::Duplex;
+            }
             ours.window = Window::new(theirs.durable, now);
             ours.forgotten = Vec::new();
             ours.end = ours.end.max(now);
@@ -75,7 +86,7 @@ impl<H: Clone> Sender<H> {
     /// Goes on after a suspension: every volume that was whole once is being resynced from here on. One whose copy was not
     /// complete is not, its copy begins again.
     pub fn resume_with_resync(&mut self) {
-        (self.needs_resync, self.covered, self.suspended) = (false, false, None);
+        (self.needs_resync, self.covered, self.suspended) = (false, None, None);
         for volume in &mut self.volumes {
             let is_member = matches!(volume.state, VolumeState::Duplex | VolumeState::Resync);
             // One whose copy is complete may be a member by now.

@@ -1,0 +1,20 @@
+//! Why the log cannot be used.
+
+use super::EraId;
+use crate::storage::StorageError;
+
+/// Why the activity log cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ActivityError {
+    /// A write, a sync or a removal failed. That is final: nobody knows which entries are on the medium.
+    #[error("the activity log failed: {0}")]
+    Storage(#[from] StorageError),
+    /// A file of the log was written by a newer version of this program.
+    #[error("{era} of the activity log is of version {version}, which this program does not know")]
+    UnknownVersion {
+        /// The era.
+        era: EraId,
+        /// Its version.
+        version: u32,
+    },
+}
