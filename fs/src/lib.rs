@@ -8,6 +8,7 @@
 //! * [`recorder`] – what the mirror tells of each change, and to whom.
 //! * `recovery` – what a killed process left half done.
 //! * [`activity`] – the list of touched files, for power loss.
+//! * [`scan`] – looks for changes that nobody captured.
 //! * [`copier`] – copies a volume while programs go on writing.
 //! * [`inode`], [`handle`], [`fds`], [`stripes`], [`credentials`] – its tables, locks and identities.
 //! * [`errno`] – the only map from errors to error numbers.
@@ -34,5 +35,6 @@ pub mod recorder;
 mod recovery;
 pub mod replica;
 pub mod replica_view;
+pub mod scan;
 pub mod slow;
 pub mod stripes;

@@ -498,6 +498,15 @@ impl Volume {
         self.identify(openat(dir, name, flags, Mode::empty())?)
     }
 
+    /// The same; `None` if there is no such name, or it stands for an object of another file system.
+    pub(crate) fn child_if_any(&self, dir: &Target<'_>, name: &[u8]) -> Result<Option<Child>> {
+        match self.child(&dir.fd, name) {
+            Ok(child) => Ok(Some(child)),
+            Err(FsError::Os(Errno::NOENT) | FsError::Foreign) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The volume's place in its mirror's list.
     pub(crate) const fn slot(&self) -> usize {
         self.slot

@@ -20,6 +20,7 @@ use twinfs_replicator::control::{self, Answer, Handler, Request};
 use twinfs_replicator::failpoint::{self, FailPoint};
 use twinfs_replicator::primary::activity_log::KeeperThread;
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
+use twinfs_replicator::primary::clock::Reading;
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica};
 use twinfs_replicator::primary::sidefile::{Capture, Start, StartVolume, Survivors};
 use twinfs_replicator::primary::store::{self, MarkKeeper};
@@ -33,7 +34,10 @@ use crate::holders;
 use crate::mirror::{self, Layout, Mirror, VolumeSource};
 use crate::mount::{MountOptions, Mounted};
 use crate::recorder::{Logged, Recorder};
+use crate::scan::Scan;
 
+/// Longer than change times stand still.
+const CHANGE_TIME_TICK: Duration = Duration::from_millis(40);
 /// How long a clean stop waits for the replica to take what is left; the rest is kept for the next start.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -203,6 +207,7 @@ struct Running {
     capture: Arc<Capture>,
     activity: Activity,
     keeper: KeeperThread,
+    scan: Option<Scan>,
     layer: Arc<Layer>,
     primary: Arc<Mutex<Option<Primary>>>,
     mark: MarkKeeper,
@@ -319,6 +324,9 @@ impl Running {
             }
         }
 
+        let stopped_at = Some(state.stopped_at).filter(|at| {
+            matches!(last_run, LastRun::Clean(_)) && *at > Timestamp::ZERO && state.role == Role::Primary
+        });
         state.volumes = opened.iter().map(|opened| opened.state.clone()).collect();
         state.suspended = suspended;
         state.clean = false;
@@ -343,6 +351,7 @@ impl Running {
             role,
             epoch,
             reason,
+            examining: stopped_at.is_some(),
             on_fenced: remember_fence(site.clone(), Arc::clone(&state)),
         })?;
 
@@ -356,16 +365,30 @@ impl Running {
             layer.copies.start_copy(mirror, prepared)?;
         }
         let primary = Arc::new(Mutex::new(Some(primary)));
+        let scan = stopped_at.map(|stopped_at| start_scan(stopped_at, &layer, &primary)).transpose()?;
         let keeper = activity.keep(Arc::clone(&capture), layer.mirrors.clone(), Arc::clone(&primary))?;
         let control = control::Server::start(&site.control_socket(), Arc::new(Control(Arc::clone(&primary))))
             .context("cannot listen on the control socket")?;
         let mounts = daemon::Mounts::new(mounts)?;
-        Ok(Self { site, state, capture, activity, keeper, layer, primary, mark, mounts, _control: control })
+        Ok(Self {
+            site,
+            state,
+            capture,
+            activity,
+            keeper,
+            scan,
+            layer,
+            primary,
+            mark,
+            mounts,
+            _control: control,
+        })
     }
 
     /// Ends cleanly: everything captured is kept, nothing stays mounted.
-    fn stop(self) -> anyhow::Result<()> {
+    fn stop(mut self) -> anyhow::Result<()> {
         let mut failed = self.mounts.unmount();
+        drop(self.scan.take());
         // Before the hold: their threads would wait in it.
         self.layer.copies.halt();
         // Programs that still hold files of a detached mount wait from here on, and get an error when this process ends.
@@ -420,6 +443,11 @@ impl Running {
             copies::save_changes(&self.site, volume, keep.then_some(changes))?;
         }
         state.clean = safe.is_ok();
+        // A change time is as coarse as the system's tick: what came before the stop must not look as if it came after it.
+        std::thread::sleep(CHANGE_TIME_TICK);
+        if !stopped.examining {
+            state.stopped_at = Timestamp(Reading::now().real);
+        }
         self.site.save_state(&state)?;
         failed.extend(safe.err());
         match failed.pop() {
@@ -473,6 +501,21 @@ fn remember_fence(site: SiteDir, state: Arc<Mutex<State>>) -> Box<dyn Fn(Epoch) 
         (state.role, state.epoch) = (Role::Fenced, epoch);
         if let Err(error) = site.save_state(&state) {
             tracing::error!(%error, "cannot remember that this site is FENCED");
+        }
+    })
+}
+
+/// Looks for what was changed since the last stop.
+fn start_scan(
+    stopped_at: Timestamp,
+    layer: &Layer,
+    primary: &Arc<Mutex<Option<Primary>>>,
+) -> std::io::Result<Scan> {
+    let since = Timestamp(stopped_at.0.saturating_sub(CHANGE_TIME_TICK.as_nanos() as u64 / 2));
+    let primary = Arc::clone(primary);
+    Scan::start(layer.mirrors.clone(), since, move |examined| {
+        if let Some(primary) = &*primary.lock().unwrap_or_else(PoisonError::into_inner) {
+            primary.examined(examined);
         }
     })
 }

@@ -9,19 +9,17 @@
 //! Operations on names leave a note of what they found, right before their call. So it can be told whether the call took
 //! place, and it is published as the one update that it is.
 
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{Mode, OFlags, RawDir, fstat, openat, readlinkat};
-use twinfs_core::id::{FileId, VolumeIndex};
+use rustix::fs::{OFlags, fstat, readlinkat};
+use twinfs_core::id::FileId;
 use twinfs_core::limits;
-use twinfs_core::stamp::Timestamp;
 use twinfs_core::update::{Attr, AttrList, Intent, Kind, Note, Op, OpKind};
 use twinfs_replicator::primary::sidefile::LeftIntent;
 
 use crate::copier::next_data;
 use crate::errno::{FsError, Result};
-use crate::mirror::{Attributes, Child, Mirror, Target, Volume, attr};
+use crate::mirror::{Mirror, Target, Volume, attr};
 use crate::ops::data::{CAPABILITY, read_full};
 use crate::ops::xattr::{ACCESS_ACL, DEFAULT_ACL};
 
@@ -60,38 +58,6 @@ impl Mirror {
                 None => Ok(()), // It had not come to its call.
             },
         }
-    }
-
-    /// The objects in a directory that changed at or after an instant, by their change times. None, if it is no directory.
-    ///
-    /// # Errors
-    /// The backing file system's.
-    pub fn children_changed_since(
-        &self,
-        volume: VolumeIndex,
-        dir: FileId,
-        since: Timestamp,
-    ) -> Result<Vec<FileId>> {
-        let volume = self.volumes.iter().find(|known| known.index == volume).ok_or(FsError::NoNode)?;
-        let Some(dir) = self.object(volume, dir)?.filter(|target| target.node.kind == Kind::Dir) else {
-            return Ok(Vec::new());
-        };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOATIME;
-        let opened = openat(&dir.fd, c".", flags, Mode::empty())?;
-        let mut buffer = vec![MaybeUninit::uninit(); limits::DIR_BUFFER_BYTES];
-        let mut entries = RawDir::new(&opened, &mut buffer);
-        let mut changed = Vec::new();
-        while let Some(entry) = entries.next() {
-            let entry = entry?;
-            let name = entry.file_name().to_bytes();
-            let found = if name == b"." || name == b".." { None } else { child(volume, &dir, name)? };
-            let is_new = |child: &Child| {
-                let (seconds, ns) = Attributes::from(&child.stat).ctime;
-                u64::try_from(seconds).unwrap_or_default() * 1_000_000_000 + u64::from(ns) >= since.0
-            };
-            changed.extend(found.filter(is_new).map(|child| child.id));
-        }
-        Ok(changed)
     }
 
     /// Publishes an update about one object, with its attributes.
@@ -160,7 +126,7 @@ impl Mirror {
 
     fn recover_acls(&self, volume: &Volume, dir: FileId, name: &[u8]) -> Result<()> {
         let Some(dir) = self.object(volume, dir)? else { return Ok(()) };
-        let Some(child) = child(volume, &dir, name)?.filter(|child| child.kind != Kind::Symlink) else {
+        let Some(child) = volume.child_if_any(&dir, name)?.filter(|child| child.kind != Kind::Symlink) else {
             return Ok(());
         };
         let target = dir.sibling(child);
@@ -180,7 +146,7 @@ impl Mirror {
         note: Note,
     ) -> Result<()> {
         let Some(dir) = self.object(volume, first.0)? else { return Ok(()) };
-        let there = child(volume, &dir, first.1)?;
+        let there = volume.child_if_any(&dir, first.1)?;
         let stands_for = |file: Option<FileId>| there.as_ref().map(|child| child.id) == file;
         let (dir_id, name) = (dir.node.id, first.1);
         match (note.op, note.first, second) {
@@ -201,7 +167,7 @@ impl Mirror {
             }
             (OpKind::Rename | OpKind::Exchange, Some((file, _)), Some((to_dir, to))) => {
                 let Some(other_dir) = self.object(volume, to_dir)? else { return Ok(()) };
-                let moved = child(volume, &other_dir, to)?.is_some_and(|child| child.id == file);
+                let moved = volume.child_if_any(&other_dir, to)?.is_some_and(|child| child.id == file);
                 if !moved || stands_for(Some(file)) {
                     return Ok(());
                 }
@@ -253,13 +219,4 @@ const fn gone(kind: Kind) -> Attr {
 
 fn size_of(target: &Target<'_>) -> Result<u64> {
     Ok(u64::try_from(fstat(&target.fd)?.st_size).unwrap_or_default())
-}
-
-fn child(volume: &Volume, dir: &Target<'_>, name: &[u8]) -> Result<Option<Child>> {
-    match volume.child(&dir.fd, name) {
-        Ok(child) => Ok(Some(child)),
-        // Another file system's objects are not mirrored.
-        Err(FsError::Os(rustix::io::Errno::NOENT) | FsError::Foreign) => Ok(None),
-        Err(error) => Err(error),
-    }
 }

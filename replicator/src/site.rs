@@ -93,6 +93,9 @@ pub struct State {
     pub suspended: Option<SuspendReason>,
     /// Whether the last run ended cleanly.
     pub clean: bool,
+    /// When it did, by the system's clock: what changed since in a source, nobody captured. Zero if it never did.
+    #[serde(default)]
+    pub stopped_at: Timestamp,
 }
 
 impl State {
@@ -110,6 +113,7 @@ impl State {
             replica: None,
             suspended: None,
             clean: true,
+            stopped_at: Timestamp::ZERO,
         }
     }
 

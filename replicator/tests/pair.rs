@@ -166,6 +166,7 @@ fn what_is_published_is_shown_survives_restarts_and_can_be_promoted() {
         role: Role::Primary,
         epoch,
         reason: None,
+        examining: false,
         on_fenced: Box::new(|_| {}),
     })
     .unwrap();

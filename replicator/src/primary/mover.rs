@@ -1,6 +1,7 @@
 //! The data mover: the one thread that owns a primary's session. It cuts intervals, has record sets made, ships them,
 //! takes acknowledgements, and frees the sidefile.
 
+mod examine;
 mod resync;
 
 use std::collections::VecDeque;
@@ -30,6 +31,8 @@ use super::sidefile::{Capture, Captured, Overflow};
 use crate::failpoint::{self, FailPoint};
 use crate::status::{PeerStatus, Status, VolumeStatus, age_seconds};
 use crate::transport::{CloseCode, Link};
+
+pub use self::examine::Examined;
 
 /// How long the mover sleeps at most while nothing happens.
 const IDLE: Duration = Duration::from_millis(100);
@@ -106,6 +109,8 @@ pub struct PrimaryParts {
     pub epoch: Epoch,
     /// Why the session is suspended from the start, for status.
     pub reason: Option<String>,
+    /// A scan looks for changes that were made while the volumes were not mounted; [`Primary::examined`] will tell.
+    pub examining: bool,
     /// Called once, on the mover's thread, when another site took over; it makes that durable.
     pub on_fenced: Box<dyn Fn(Epoch) + Send>,
 }
@@ -132,6 +137,8 @@ pub struct Stopped {
     pub sender: Sender<Bytes>,
     /// The room that these sets hold in the sidefile: to be released once they are kept.
     pub rooms: Rooms,
+    /// It is not known whether the source was changed while it was not mounted: the next run has to look for that.
+    pub examining: bool,
     /// What was dropped, or was read again only in part, of each volume.
     pub changes: Vec<ChangeMap>,
 }
@@ -144,6 +151,7 @@ struct Shared {
     stop: Mutex<Option<Instant>>,
     /// What [`Primary::both_have`] answers.
     both_have: AtomicU64,
+    examined: Mutex<Option<Examined>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -171,8 +179,9 @@ impl Primary {
         }
         let shared = Arc::new(Shared::default());
         let rooms = parts.volumes.iter().map(|_| VecDeque::new()).collect();
-        let mover = Mover {
+        let mut mover = Mover {
             capture: Arc::clone(&capture),
+            examining: parts.examining,
             log: parts.log,
             logged: Mark::default(),
             shared: Arc::clone(&shared),
@@ -199,6 +208,10 @@ impl Primary {
             vouched: Timestamp::ZERO,
             published: None,
         };
+        if mover.examining && mover.sender.suspended().is_none() && !capture.fill().suspended {
+            mover.sender.suspend(SuspendReason::Error);
+            mover.reason = Some(examine::EXAMINING.to_owned());
+        }
         let thread = std::thread::Builder::new().name("mover".into()).spawn(move || mover.run())?;
         Ok(Self { capture, shared, thread: Some(thread), runtime: Some(runtime) })
     }
@@ -255,6 +268,8 @@ enum Handover {
 
 struct Mover {
     capture: Arc<Capture>,
+    /// A scan looks for changes of which nobody knows.
+    examining: bool,
     log: Option<Arc<ActivityLog>>,
     /// The entries up to this mark belong to sets that were made.
     logged: Mark,
@@ -290,6 +305,7 @@ impl Mover {
     fn run(mut self) -> Stopped {
         loop {
             self.take_inputs();
+            self.take_examined();
             if let Err(error) = self.ship() {
                 tracing::error!(%error, "the session is suspended");
                 self.reason = Some(error.to_string());
@@ -676,7 +692,8 @@ impl Mover {
     fn finish(mut self) -> Stopped {
         self.say(Message::Bye(Text::new("the primary was stopped")));
         let changes = self.stop_resync();
-        Stopped { sender: self.sender, rooms: self.rooms, changes }
+        self.leave_examination();
+        Stopped { sender: self.sender, rooms: self.rooms, examining: self.examining, changes }
     }
 
     // ---- status ----

@@ -22,7 +22,7 @@ pub(super) struct Resyncs {
     /// What was captured last of each volume before the first mark of all that the replica has not shown yet.
     since: Option<Vec<Seq>>,
     /// The last update that the replica has of each volume, if its place in the chain was adopted.
-    restart: Option<Vec<Seq>>,
+    pub(super) restart: Option<Vec<Seq>>,
     not_before: Option<Instant>,
     pause: Duration,
 }
@@ -68,6 +68,7 @@ impl Mover {
         );
         let connected = self.connection.as_ref().is_some_and(|connection| connection.welcomed);
         passing
+            && !self.examining
             && connected
             && self.sender.is_connected()
             && self.sender.needs_resync()

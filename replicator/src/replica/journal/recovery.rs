@@ -171,6 +171,11 @@ impl Recovery {
         loop {
             let Some(walk) = &mut self.walk else {
                 let Some(segment) = self.segments.pop_front() else { return Ok(None) };
+                // What was trimmed before the first one is not known.
+                let last_group = self.last_commit.as_ref().map_or(GroupNumber(0), |last| last.group);
+                if !self.fresh && segment.header.last_group != last_group {
+                    return Err(segment.damaged(0, "another group was the last one before it"));
+                }
                 self.walk = Some(Walk::new(segment));
                 continue;
             };
