@@ -18,7 +18,7 @@
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -29,7 +29,7 @@ use twinfs_core::limits;
 use twinfs_core::session::{self, Role, SuspendReason};
 use twinfs_core::stamp::{Seq, Stamp, Timestamp};
 
-use crate::failpoint::{self, FailPoint};
+use crate::storage::{self, RealStorage, StorageError};
 
 /// The version of the control file that this program writes and reads.
 const STATE_VERSION: u32 = 2;
@@ -324,6 +324,9 @@ impl SiteDir {
     pub fn state(&self) -> Result<Option<State>, SiteError> {
         let path = self.path.join("state.json");
         let Some(text) = read_small(&path)? else { return Ok(None) };
+        // Whoever wrote it may have died before its name was durable; nothing may build on a name that a power cut takes.
+        let settled = File::open(&self.path).and_then(|dir| dir.sync_all());
+        settled.map_err(io_error("sync", &self.path))?;
         State::decode(&text).map(Some).map_err(|why| SiteError::State { path, why })
     }
 
@@ -388,15 +391,11 @@ fn read_small(path: &Path) -> Result<Option<Vec<u8>>, SiteError> {
 pub fn replace_durably(path: &Path, contents: &[u8]) -> Result<(), SiteError> {
     let parent = path.parent().unwrap_or(Path::new("/"));
     DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(io_error("make", parent))?;
-    let temporary = path.with_extension("new");
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let write = || -> io::Result<()> {
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(contents)?;
-        file.sync_all()?;
-        failpoint::pass(FailPoint::FileWritten);
-        fs::rename(&temporary, path)?;
-        File::open(parent)?.sync_all()
+        // The directory may be reached through a symlink; the storage does not follow one.
+        let storage = RealStorage::open(&fs::canonicalize(parent)?).map_err(StorageError::into_io)?;
+        storage::replace_durably(&storage, name, contents).map_err(StorageError::into_io)
     };
     write().map_err(io_error("write", path))
 }

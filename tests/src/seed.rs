@@ -41,7 +41,12 @@ pub fn runs(binary: &'static str, test: &'static str, seeds: &[u64], rounds: u64
     seeds.into_iter().map(|seed| Run { seed, rounds, test, binary }).collect()
 }
 
-fn kept(test: &str) -> Vec<u64> {
+/// The seeds of a test that once failed.
+///
+/// # Panics
+/// If the file of seeds holds nonsense.
+#[must_use]
+pub fn kept(test: &str) -> Vec<u64> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds.txt");
     let text = std::fs::read_to_string(&path).expect("tests/seeds.txt is there");
     let lines = text.lines().filter(|line| !line.starts_with('#') && !line.trim().is_empty());

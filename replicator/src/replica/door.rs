@@ -5,15 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc as driver;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use twinfs_core::limits;
 
 use super::driver::Input;
+use super::engine::{ConnectionId, Share};
 use crate::transport::{Event, Link, LinkEvents, quic};
-
-/// Names a connection while it lasts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct ConnectionId(u64);
 
 /// What goes to a primary: acknowledgements and other messages; bounded.
 #[derive(Debug, Clone)]
@@ -25,9 +22,6 @@ impl Outbox {
         self.0.try_send(message.into()).is_ok()
     }
 }
-
-/// A share of the bounds of what may wait for the driver. Dropped when that has dealt with the input.
-pub(super) type Share = OwnedSemaphorePermit;
 
 /// Accepts connections until the runtime ends.
 pub(super) async fn keep(mut listener: quic::Listener, inputs: driver::Sender<Input>) {
@@ -68,6 +62,7 @@ async fn converse(id: ConnectionId, link: Link, mut events: LinkEvents, inputs: 
         let share = u32::try_from(share).unwrap_or(u32::MAX);
         // The semaphores are never closed, and no single share is larger than the whole.
         let Ok(share) = Arc::clone(bounds).acquire_many_owned(share).await else { break };
+        let share: Share = Box::new(share);
         let input = match event {
             Event::Set(bytes) => Input::Set(id, bytes, share),
             Event::Control(bytes) => Input::Message(id, bytes, share),

@@ -432,8 +432,9 @@ pub(super) struct Keeping {
 }
 
 impl Keeping {
-    pub(super) fn begin(site: &SiteDir) -> io::Result<Self> {
-        let all = site.path().join("loss");
+    /// Below a site's directory.
+    pub(super) fn begin(site: &Path) -> io::Result<Self> {
+        let all = site.join("loss");
         let own = all.join("unfinished");
         match fs::remove_dir_all(&own) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -133,6 +133,7 @@ pub(super) fn restore(
     image: &Image,
     image_index: &[VolumeIndex],
     ordering: Ordering,
+    now_ns: u64,
 ) -> Result<Restored, RecoveryError> {
     let mut replay = Replay {
         state,
@@ -142,6 +143,7 @@ pub(super) fn restore(
         waiting: state.received.iter().map(|_| BTreeMap::new()).collect(),
         group: GroupNumber(0),
         time: Timestamp::ZERO,
+        now_ns,
     };
     for (_, name, volume) in image.volumes() {
         if let Some(at) = state.received.iter().position(|received| received.name == name) {
@@ -178,6 +180,7 @@ struct Replay<'a> {
     waiting: Vec<BTreeMap<SetNumber, WaitingSet>>,
     group: GroupNumber,
     time: Timestamp,
+    now_ns: u64,
 }
 
 impl Replay<'_> {
@@ -243,7 +246,7 @@ impl Replay<'_> {
         if commit.group > self.image.checkpointed().group {
             self.image.apply_group(&group)?;
             failpoint::pass(FailPoint::Replayed);
-            if self.image.checkpoint_due() {
+            if self.image.checkpoint_due(self.now_ns) {
                 self.image.checkpoint()?;
             }
         }

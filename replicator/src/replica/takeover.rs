@@ -6,7 +6,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use twinfs_core::id::{Epoch, FileId, VolumeIndex, VolumeName};
@@ -17,7 +16,7 @@ use twinfs_core::stamp::Timestamp;
 use twinfs_core::update::Kind;
 use twinfs_core::wire::{Message, PromoteReady};
 
-use super::driver::{Driver, TakeoverNews};
+use super::engine::{Engine, Outlet};
 use super::journal::Journal;
 use super::loss::{self, Circumstances, Keeping, Report};
 use crate::primary::clock::Reading;
@@ -46,62 +45,84 @@ pub struct Promoted {
     pub unusable: Vec<VolumeName>,
 }
 
+/// Names who asked for a promote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Asker(pub u64);
+
+/// What a promote tells who asked for it.
+#[derive(Debug)]
+pub enum TakeoverNews {
+    /// A line for the user.
+    Progress(String),
+    /// The site may take over: epoch and tree are durable. Or why not.
+    Decided(Result<Promoted, String>),
+}
+
 /// A planned promote under way.
 #[derive(Debug)]
 pub(super) struct Takeover {
-    news: Sender<TakeoverNews>,
-    deadline: Instant,
+    asker: Asker,
+    /// On the boot clock, in nanoseconds.
+    deadline_ns: u64,
     ready: Option<PromoteReady>,
 }
 
-impl Driver {
-    pub(super) fn begin_takeover(&mut self, mode: PromoteMode, news: Sender<TakeoverNews>) {
-        let decide = |decided| drop(news.send(TakeoverNews::Decided(decided)));
+impl<O: Outlet> Engine<O> {
+    /// Somebody asks for a promote.
+    pub fn handle_promote(&mut self, asker: Asker, mode: PromoteMode, now: Reading) {
+        let decided = |engine: &mut Self, decided| engine.outlet.tell(asker, TakeoverNews::Decided(decided));
         if self.receiver.role() == Role::Promoted {
-            return decide(self.promoted());
+            let promoted = self.promoted();
+            return decided(self, promoted);
         }
         if self.takeover.is_some() {
-            return decide(Err("a planned promote is under way already".into()));
+            return decided(self, Err("a planned promote is under way already".into()));
         }
         if self.receiver.progress().time == Timestamp::ZERO {
-            return decide(Err("no volume was ever complete here: there is nothing to promote".into()));
+            return decided(
+                self,
+                Err("no volume was ever complete here: there is nothing to promote".into()),
+            );
         }
-        let peer = self.current.as_ref().map(|current| current.link.peer().name.to_string());
+        let peer = self.current.as_ref().map(|current| current.peer.name.to_string());
         match (mode, peer) {
-            (PromoteMode::Plain, Some(peer)) => decide(Err(format!(
-                "the primary {peer} is connected: use --planned to move without loss, or --force to cut it off"
-            ))),
-            (PromoteMode::Planned, None) => decide(Err(
-                "the primary is not connected, so it cannot be drained: without it, use --force".into(),
-            )),
+            (PromoteMode::Plain, Some(peer)) => decided(
+                self,
+                Err(format!(
+                    "the primary {peer} is connected: use --planned to move without loss, or --force to cut it off"
+                )),
+            ),
+            (PromoteMode::Planned, None) => decided(
+                self,
+                Err("the primary is not connected, so it cannot be drained: without it, use --force".into()),
+            ),
             (PromoteMode::Planned, Some(peer)) => {
                 let line = format!("Asking {peer} to hold new writes and to drain.");
-                drop(news.send(TakeoverNews::Progress(line)));
-                self.say(Message::PromoteRequest);
-                let deadline = Instant::now() + Duration::from_nanos(limits::HANDOVER_NS_MAX);
-                self.takeover = Some(Takeover { news, deadline, ready: None });
+                self.outlet.tell(asker, TakeoverNews::Progress(line));
+                self.say(&Message::PromoteRequest);
+                let deadline_ns = now.boot.saturating_add(limits::HANDOVER_NS_MAX);
+                self.takeover = Some(Takeover { asker, deadline_ns, ready: None });
             }
             (PromoteMode::Plain | PromoteMode::Forced, _) => {
                 // What has been delivered, and waits only for its turn, is not lost.
                 self.append_waiting();
                 self.commit();
-                let say = |line| drop(news.send(TakeoverNews::Progress(line)));
-                let decided = self.account(mode, &say).and_then(|()| self.take_over());
-                decide(decided);
+                let taken = self.account(mode, asker, now).and_then(|()| self.take_over());
+                decided(self, taken);
             }
         }
     }
 
     /// Tells what is lost, and keeps it on disk, durably: before the epoch, so that no promote is without its account.
     /// If it cannot be kept, a forced promote tells all of it instead, any other is refused.
-    fn account(&self, mode: PromoteMode, say: &dyn Fn(String)) -> Result<(), String> {
+    fn account(&mut self, mode: PromoteMode, asker: Asker, now: Reading) -> Result<(), String> {
         let (_, known) = self.receiver.paired().ok_or("this site was never paired with a primary")?;
         let shown = self.receiver.progress();
         let knowledge: Vec<VolumeKnowledge<'_>> = self.receiver.knowledge().collect();
         let loss = Loss::of(shown.time, &knowledge);
         let about = Circumstances {
             epoch: known.number + 1,
-            promoted: Timestamp(Reading::now().real),
+            promoted: Timestamp(now.real),
             planned: mode == PromoteMode::Planned,
             shown: shown.time,
             group: shown.group.0,
@@ -111,10 +132,12 @@ impl Driver {
         let paths = Paths::new(self.locate(&loss), &knowledge);
         let mut first = Vec::new();
         let kept = self.keep(&mut report, &loss, &knowledge, paths.clone(), &mut first);
-        report.lines(limits::LOSS_LINES_SHOWN).into_iter().for_each(say);
+        let outlet = &mut self.outlet;
+        let mut say = |line| outlet.tell(asker, TakeoverNews::Progress(line));
+        report.lines(limits::LOSS_LINES_SHOWN).into_iter().for_each(&mut say);
         match kept {
             Ok(place) => {
-                first.into_iter().for_each(say);
+                first.into_iter().for_each(&mut say);
                 let rest = report.updates_known.saturating_sub(limits::LOSS_LINES_SHOWN as u64);
                 if rest > 0 {
                     say(format!("  … and {rest} more: `twinfs loss` lists all."));
@@ -147,7 +170,7 @@ impl Driver {
         paths: Paths<'_>,
         first: &mut Vec<String>,
     ) -> std::io::Result<PathBuf> {
-        let mut keeping = Keeping::begin(&self.site)?;
+        let mut keeping = Keeping::begin(self.store.directory()?)?;
         loss::each_line(loss, knowledge, paths, |line| {
             if first.len() < limits::LOSS_LINES_SHOWN {
                 first.push(format!("  {line}"));
@@ -195,6 +218,7 @@ impl Driver {
     /// Where the files stand in the last group that lost updates are about. Looks through directories from the root on,
     /// for no longer than a promote may wait; a file that is not found is named by its FileId.
     fn locate(&self, loss: &Loss<'_>) -> HashMap<FileId, Box<[u8]>> {
+        // The walk blocks, so the time that it takes is not among the inputs.
         let deadline = Instant::now() + Duration::from_nanos(limits::LOSS_WALK_NS_MAX);
         let mut found = HashMap::new();
         for (index, image) in (0..).map(VolumeIndex).zip(&self.image_index) {
@@ -237,16 +261,16 @@ impl Driver {
     pub(super) fn handover_refused(&mut self, why: &str) {
         if let Some(takeover) = self.takeover.take() {
             let decided = Err(format!("the primary refuses: {}", why.escape_debug()));
-            drop(takeover.news.send(TakeoverNews::Decided(decided)));
+            self.outlet.tell(takeover.asker, TakeoverNews::Decided(decided));
         }
     }
 
     /// Looks whether a planned promote can go on.
-    pub(super) fn advance_takeover(&mut self) {
+    pub(super) fn advance_takeover(&mut self, now: Reading) {
         let Some(takeover) = &self.takeover else { return };
         let failed = if self.current.is_none() {
             Some("the connection to the primary broke off: nothing was changed here")
-        } else if Instant::now() > takeover.deadline {
+        } else if now.boot > takeover.deadline_ns {
             Some("the primary did not drain in time: nothing was changed here, and its writes go on")
         } else {
             None
@@ -257,12 +281,12 @@ impl Driver {
         }
         let Some(takeover) = self.takeover.take() else { return };
         if let Some(why) = failed {
-            drop(takeover.news.send(TakeoverNews::Decided(Err(why.into()))));
+            self.outlet.tell(takeover.asker, TakeoverNews::Decided(Err(why.into())));
             return;
         }
-        let say = |line| drop(takeover.news.send(TakeoverNews::Progress(line)));
-        let decided = self.account(PromoteMode::Planned, &say).and_then(|()| self.take_over());
-        drop(takeover.news.send(TakeoverNews::Decided(decided)));
+        let asker = takeover.asker;
+        let decided = self.account(PromoteMode::Planned, asker, now).and_then(|()| self.take_over());
+        self.outlet.tell(asker, TakeoverNews::Decided(decided));
     }
 
     /// The epoch first, durable; then nothing of the old primary is taken any more; then the trees.
@@ -275,7 +299,7 @@ impl Driver {
             epoch = epoch.number,
             "promoted: the old primary's record sets are refused from now on"
         );
-        self.say(Message::PromoteDone(epoch));
+        self.say(&Message::PromoteDone(epoch));
         self.promoted()
     }
 
@@ -283,8 +307,6 @@ impl Driver {
     fn promoted(&mut self) -> Result<Promoted, String> {
         let (_, epoch) = self.receiver.paired().ok_or("this site was never paired with a primary")?;
         self.image.checkpoint().map_err(|error| format!("the last checkpoint failed, try again: {error}"))?;
-        self.published = None;
-        self.publish_status();
         let members = self.receiver.volumes().filter(|(.., member)| *member);
         let unusable = self.receiver.volumes().filter(|(.., member)| !*member);
         Ok(Promoted {

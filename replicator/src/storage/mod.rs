@@ -12,6 +12,7 @@
 //!   that succeeds would prove nothing: from then on every write and sync of that file answers
 //!   [`StorageError::Failed`].
 
+mod power;
 mod real;
 mod simulated;
 
@@ -21,6 +22,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 
+use crate::failpoint::{self, FailPoint};
+
+pub use power::{Power, Pulse};
 pub use real::{RealStorage, open_file};
 pub use simulated::{Fault, SECTOR_BYTES, SimStorage};
 
@@ -42,6 +46,7 @@ pub enum Operation {
     Salt,
     Size,
     Allocate,
+    Truncate,
     Read,
     Write,
     SyncData,
@@ -57,6 +62,7 @@ impl Operation {
                 | Self::Rename
                 | Self::SyncDir
                 | Self::Allocate
+                | Self::Truncate
                 | Self::Write
                 | Self::SyncData
         )
@@ -77,6 +83,7 @@ impl fmt::Display for Operation {
             Self::Salt => "draw random bytes for",
             Self::Size => "ask for the size of",
             Self::Allocate => "allocate space for",
+            Self::Truncate => "shorten",
             Self::Read => "read",
             Self::Write => "write",
             Self::SyncData => "sync",
@@ -142,6 +149,15 @@ impl StorageError {
         match errno {
             Errno::NOSPC | Errno::DQUOT | Errno::FBIG => Self::NoSpace { operation, name },
             errno => Self::Io { operation, name, errno },
+        }
+    }
+
+    /// As an error of the system.
+    #[must_use]
+    pub fn into_io(self) -> std::io::Error {
+        match self {
+            Self::Io { errno, .. } => errno.into(),
+            other => std::io::Error::other(other),
         }
     }
 
@@ -219,6 +235,12 @@ pub trait StorageFile: fmt::Debug + Send + Sync {
     /// [`StorageError::NoSpace`], or another refusal. The file may have grown by a part.
     fn allocate(&self, size: u64) -> Result<(), StorageError>;
 
+    /// Makes the file shorter; nothing if it is not longer than `size`.
+    ///
+    /// # Errors
+    /// The system's refusal.
+    fn truncate(&self, size: u64) -> Result<(), StorageError>;
+
     /// Fills `buf` from `offset` on.
     ///
     /// # Errors
@@ -244,6 +266,24 @@ pub trait StorageFile: fmt::Debug + Send + Sync {
     /// # Errors
     /// As [`sync_data`](Self::sync_data).
     fn settle(&self) -> Result<(), StorageError>;
+}
+
+/// Writes a file so that at every instant, also after a power cut, either the old or the new contents stand there.
+///
+/// # Errors
+/// The storage's failure; unless it is that of the last step, the old contents stand there.
+pub fn replace_durably(storage: &dyn Storage, name: &str, contents: &[u8]) -> Result<(), StorageError> {
+    let temporary = format!("{name}.new");
+    match storage.remove(&temporary) {
+        Ok(()) | Err(StorageError::Io { errno: Errno::NOENT, .. }) => {}
+        Err(error) => return Err(error),
+    }
+    let file = storage.create(&temporary)?;
+    file.write_at(&[contents], 0)?;
+    file.sync_data()?;
+    failpoint::pass(FailPoint::FileWritten);
+    storage.rename(&temporary, name)?;
+    storage.sync_dir()
 }
 
 /// Remembers that a sync failed.
@@ -314,6 +354,17 @@ mod tests {
         file.write_at(&[b"end"], 10_000).unwrap();
         assert_eq!(file.size().unwrap(), 10_003);
 
+        file.truncate(20_000).unwrap();
+        assert_eq!(file.size().unwrap(), 10_003);
+        file.truncate(512).unwrap();
+        file.allocate(516).unwrap();
+        let mut buf = [1; 8];
+        file.read_at(&mut buf, 508).unwrap();
+        assert_eq!(&buf, b"hell\0\0\0\0", "what was cut off does not come back");
+        file.write_at(&[b"hello ", b"", b"world"], 508).unwrap();
+
+        let mut buf = [1; 16];
+        file.allocate(10_000).unwrap();
         storage.create("c").unwrap();
         assert_eq!(storage.list().unwrap(), ["a.seg", "c"]);
         storage.rename("c", "b").unwrap();

@@ -167,6 +167,14 @@ impl StorageFile for RealFile {
         .map_err(self.err(Operation::Allocate))
     }
 
+    fn truncate(&self, size: u64) -> Result<(), StorageError> {
+        self.trust.check(&self.name)?;
+        if self.size()? > size {
+            rustix::fs::ftruncate(&self.fd, size).map_err(self.err(Operation::Truncate))?;
+        }
+        Ok(())
+    }
+
     fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> Result<(), StorageError> {
         let end = offset.saturating_add(buf.len() as u64);
         while !buf.is_empty() {

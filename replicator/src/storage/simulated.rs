@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
 
+use super::power::{Power, Pulse};
 use super::{File, Operation, Storage, StorageError, StorageFile, Trust, check_name};
 
 /// Bytes that a simulated disk writes whole or not at all.
@@ -49,6 +50,7 @@ struct Content {
 #[derive(Debug, Clone)]
 enum Change {
     Size(u64),
+    Truncate(u64),
     Sector(u64, Sector),
 }
 
@@ -56,6 +58,10 @@ impl Content {
     fn apply(&mut self, change: &Change) {
         match change {
             Change::Size(size) => self.size = self.size.max(*size),
+            Change::Truncate(size) => {
+                self.size = *size;
+                self.cut_at_size();
+            }
             Change::Sector(number, sector) => {
                 self.sectors.insert(*number, Arc::clone(sector));
             }
@@ -123,11 +129,7 @@ struct Disk {
     next_inode: InodeNumber,
     free_bytes: u64,
     faults: Vec<Fault>,
-    /// Operations that change something, so far.
-    changes: u64,
-    /// The change in the middle of which the power goes.
-    power_cut: Option<u64>,
-    off: bool,
+    power: Power,
     random: Random,
 }
 
@@ -135,15 +137,15 @@ impl Disk {
     /// To be called first by every operation: answers how much of it happens, and its failure, if one is due.
     fn enter(&mut self, operation: Operation, name: &str) -> (Effect, Result<(), StorageError>) {
         let dead = StorageError::new(operation, name, Errno::IO);
-        if self.off {
-            return (Effect::Nothing, Err(dead));
-        }
-        if operation.changes() {
-            self.changes += 1;
-            if self.power_cut == Some(self.changes) {
-                self.off = true;
-                return (Effect::Whole, Err(dead));
-            }
+        let pulse = match operation.changes() {
+            true => self.power.change(),
+            false if self.power.is_off() => Pulse::Off,
+            false => Pulse::On,
+        };
+        match pulse {
+            Pulse::On => {}
+            Pulse::Cut => return (Effect::Whole, Err(dead)),
+            Pulse::Off => return (Effect::Nothing, Err(dead)),
         }
         let mut failing = None;
         for (index, fault) in self.faults.iter_mut().enumerate().filter(|(_, f)| f.operation == operation) {
@@ -250,16 +252,22 @@ impl SimStorage {
         self.lock().faults.push(fault);
     }
 
-    /// Cuts the power in the middle of change number `change` (1 is the first one ever): it and everything after it
-    /// fails. What it would have written may or may not be part of a [`crash`](Self::crash) image.
-    pub fn cut_power_at(&self, change: u64) {
-        self.lock().power_cut = Some(change);
+    /// Runs on this power from now on, instead of one of its own.
+    #[must_use]
+    pub fn powered_by(self, power: &Power) -> Self {
+        self.lock().power = power.clone();
+        self
     }
 
-    /// How many operations that change something were tried so far.
+    /// [`Power::cut_at`]
+    pub fn cut_power_at(&self, change: u64) {
+        self.lock().power.cut_at(change);
+    }
+
+    /// [`Power::changes`]
     #[must_use]
     pub fn changes(&self) -> u64 {
-        self.lock().changes
+        self.lock().power.changes()
     }
 
     /// What the disk may hold after a power cut now. Seed 0 loses everything that was not synced, seed 1 keeps
@@ -287,7 +295,7 @@ impl SimStorage {
             let before = &disk.inodes[inode];
             let mut content = before.durable.clone();
             let key = |change: &Change| match change {
-                Change::Size(_) => u64::MAX,
+                Change::Size(_) | Change::Truncate(_) => u64::MAX,
                 Change::Sector(number, _) => *number,
             };
             let kept = policy.draw(&mut random, &before.unsynced, key);
@@ -494,6 +502,18 @@ impl StorageFile for SimFile {
         if effect == Effect::Whole {
             disk.reserve(self.inode, &self.name, size)?;
             disk.change(self.inode, &[Change::Size(size)]);
+        }
+        result
+    }
+
+    fn truncate(&self, size: u64) -> Result<(), StorageError> {
+        self.trust.check(&self.name)?;
+        let mut disk = self.storage.lock();
+        let (effect, result) = disk.enter(Operation::Truncate, &self.name);
+        let less = disk.inode(self.inode).live.size.saturating_sub(size);
+        if effect == Effect::Whole && less > 0 {
+            disk.free_bytes += less;
+            disk.change(self.inode, &[Change::Truncate(size)]);
         }
         result
     }

@@ -141,6 +141,9 @@ impl StorageFile for GatedFile {
     fn allocate(&self, size: u64) -> Result<(), StorageError> {
         self.0.allocate(size)
     }
+    fn truncate(&self, size: u64) -> Result<(), StorageError> {
+        self.0.truncate(size)
+    }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), StorageError> {
         self.0.read_at(buf, offset)
     }

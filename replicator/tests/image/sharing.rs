@@ -201,7 +201,7 @@ fn a_copied_volume_shows_when_it_joins() {
         site.applied = end;
         // The links of the last names are known when they are in the tree.
         if site.image.view().members().count() == 0 {
-            assert!(site.image.checkpoint_due());
+            assert!(site.image.checkpoint_due(0));
             site.image.checkpoint().unwrap();
         }
         site.check_view(&format!("seed {seed}"));

@@ -106,6 +106,11 @@ impl StorageFile for MemoryFile {
         Ok(())
     }
 
+    fn truncate(&self, size: u64) -> Result<(), StorageError> {
+        self.bytes.write().unwrap().truncate(size as usize);
+        Ok(())
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), StorageError> {
         let bytes = self.bytes.read().unwrap();
         let end = offset.saturating_add(buf.len() as u64);

@@ -461,8 +461,10 @@ impl<'a> VolumeCheckpoint<'a> {
     }
 
     fn detach(&mut self, dir: &Local, name: &[u8], child: Child) -> Result<(), ImageError> {
-        let known = match self.shared.table.file(child.ino)? {
-            Some(file) => self.local(file)?.filter(|local| local.ino == child.ino).map(|local| (file, local)),
+        // The table does not tell: a crash may have brought back an object whose inode number had been given to another.
+        let found = self.store.child_local(&dir.handle, name)?;
+        let known = match self.store.id(&found.handle)? {
+            Some(file) => self.local(file)?.filter(|local| *local == found).map(|local| (file, local)),
             None => None,
         };
         if child.kind == Kind::Dir {

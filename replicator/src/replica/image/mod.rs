@@ -27,12 +27,13 @@ pub mod view;
 
 mod checkpoint;
 mod keep;
+mod table_file;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use twinfs_core::delta::{DataRef, Delta};
 use twinfs_core::id::{FileId, GroupNumber, VolumeIndex, VolumeName};
@@ -46,6 +47,7 @@ use self::linux::{LinuxTree, OpenObjects};
 use self::table::{Changes, Table, TableError, TreeState, VolumeState};
 use self::view::{Alive, DataSource, OpenFiles, Preimages, Shared, View, VolumeView};
 use crate::failpoint::{self, FailPoint};
+use crate::storage::RealStorage;
 
 /// Why the image could not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -146,8 +148,8 @@ struct State {
     required: TreeState,
     /// Like `tree`, once no view needs the journal before it.
     checkpointed: TreeState,
-    /// When the oldest update came that is neither in the tree nor frozen.
-    live_since: Option<Instant>,
+    /// Since when there are updates that are neither in the tree nor frozen, in nanoseconds.
+    live_since: Option<u64>,
 }
 
 /// What a checkpoint writes into one volume's tree.
@@ -200,6 +202,20 @@ impl Image {
         open_store: OpenStore,
     ) -> Result<Self, ImageError> {
         let (dir, table) = open_table(site_dir)?;
+        Self::open_over(dir, table, data, options, open_store)
+    }
+
+    /// Like [`Image::open`], over a table that is open. `dir` is only what paths below the image begin with.
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub fn open_over(
+        dir: PathBuf,
+        table: Table,
+        data: Arc<dyn DataSource>,
+        options: ImageOptions,
+        open_store: OpenStore,
+    ) -> Result<Self, ImageError> {
         let (tree, required) = table.state()?;
         let (known, earlier) = (table.preimages()?, table.attributes()?);
         let shared = Arc::new(Shared { table, data, open: OpenFiles::default(), alive: Alive::default() });
@@ -316,9 +332,6 @@ impl Image {
             }
         }
         (state.group, state.time) = (group.number, group.time);
-        if state.live_since.is_none() && state.volumes.iter().any(|volume| !volume.view.live.is_empty()) {
-            state.live_since = Some(Instant::now());
-        }
         drop(self.show(&state));
         Ok(())
     }
@@ -335,23 +348,34 @@ impl Image {
         !self.state().is_complete()
     }
 
-    /// Whether it is time for a checkpoint.
+    /// Whether it is time for a checkpoint. `now_ns` is on any steady clock, in nanoseconds; the age of what is not in the
+    /// tree counts from the first time that this is asked. Ask after each group.
     #[must_use]
-    pub fn checkpoint_due(&self) -> bool {
-        let state = self.state();
+    pub fn checkpoint_due(&self, now_ns: u64) -> bool {
+        let mut state = self.state();
+        if state.live_since.is_none() && state.volumes.iter().any(|volume| !volume.view.live.is_empty()) {
+            state.live_since = Some(now_ns);
+        }
+        let interval_ns = u64::try_from(self.options.checkpoint_interval.as_nanos()).unwrap_or(u64::MAX);
         let full = state.live_bytes() >= self.options.delta_bytes_max;
-        let old = state.live_since.is_some_and(|since| since.elapsed() >= self.options.checkpoint_interval);
+        let old = state.live_since.is_some_and(|since| now_ns.saturating_sub(since) >= interval_ns);
         let awaited = state.volumes.iter().any(|volume| volume.shows_from > state.tree_seq(volume));
         state.is_complete() && (state.freezing.is_some() || full || old || awaited)
     }
 
-    /// Estimated memory of all deltas, in bytes. Above twice [`ImageOptions::delta_bytes_max`], checkpoints do not keep
-    /// up, and no group should be applied before the one in progress has ended.
+    /// Estimated memory of all deltas, in bytes. Above [`Self::memory_bytes_max`], checkpoints do not keep up, and
+    /// no group should be applied before the one in progress has ended.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         let state = self.state();
         let frozen = state.volumes.iter().filter_map(|volume| volume.view.frozen.as_ref());
         state.live_bytes() + frozen.map(Delta::bytes).sum::<usize>()
+    }
+
+    /// The memory above which no group should be applied, in bytes.
+    #[must_use]
+    pub fn memory_bytes_max(&self) -> usize {
+        2 * self.options.delta_bytes_max
     }
 
     /// As of when the plain trees are, durably. The journal up to there is not needed any longer.
@@ -603,7 +627,8 @@ fn open_table(site_dir: &Path) -> Result<(PathBuf, Table), ImageError> {
     let dir = site_dir.join("image");
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
     made.map_err(|source| ImageError::Directory { path: dir.clone(), source })?;
-    let table = Table::open(&dir.join("table.redb"))?;
+    let storage = RealStorage::open(&dir).map_err(TableError::Storage)?;
+    let table = Table::open(&storage)?;
     Ok((dir, table))
 }
 

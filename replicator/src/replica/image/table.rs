@@ -16,7 +16,7 @@
 //! tree of any group.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::panic::AssertUnwindSafe;
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,8 @@ use twinfs_core::update::{self, Update};
 
 use super::files::Local;
 use super::handle::Handle;
+use super::table_file::{self, TableFile};
+use crate::storage::{File, Storage, StorageError};
 
 type Id = [u8; FileId::BYTES];
 
@@ -45,6 +47,9 @@ pub enum TableError {
     /// The database or its disk failed.
     #[error("the image's file table: {0}")]
     Database(#[source] Box<redb::Error>),
+    /// The directory of the database, or a file in it, failed.
+    #[error("the image's file table: {0}")]
+    Storage(#[source] StorageError),
     /// An entry is not what was once written.
     #[error("the image's file table is damaged: {0}")]
     Damaged(&'static str),
@@ -108,34 +113,35 @@ pub struct Table {
 }
 
 impl Table {
-    /// Opens the database, or makes an empty one.
+    /// Opens the database in a directory, or makes an empty one there. A new one gets its name when it is whole: what a
+    /// crash leaves of one that is being made could not be opened.
     ///
     /// # Errors
     /// See [`TableError`].
-    pub fn open(path: &Path) -> Result<Self, TableError> {
-        let table = Self { db: open_sound(path)? };
-        let known = {
-            let read = table.db.begin_read()?;
-            match read.open_table(STATE) {
-                Ok(state) => state.get("version")?.map(|version| version.value() == VERSION),
-                Err(redb::TableError::TableDoesNotExist(_)) => None,
-                Err(error) => return Err(error.into()),
-            }
-        };
-        match known {
-            Some(true) => {}
-            Some(false) => return Err(TableError::Version),
-            None => {
-                let write = table.db.begin_write()?;
-                write.open_table(FILES)?;
-                write.open_table(INODES)?;
-                write.open_table(PREIMAGES)?;
-                write.open_table(ATTRIBUTES)?;
-                write.open_table(STATE)?.insert("version", VERSION)?;
-                write.commit()?;
-            }
+    pub fn open(storage: &dyn Storage) -> Result<Self, TableError> {
+        if !table_file::tidy(storage).map_err(TableError::Storage)? {
+            let table = Self::over(storage.create(table_file::NEW_NAME))?;
+            let write = table.db.begin_write()?;
+            write.open_table(FILES)?;
+            write.open_table(INODES)?;
+            write.open_table(PREIMAGES)?;
+            write.open_table(ATTRIBUTES)?;
+            write.open_table(STATE)?.insert("version", VERSION)?;
+            write.commit()?;
+            drop(table);
+            storage.rename(table_file::NEW_NAME, table_file::NAME).map_err(TableError::Storage)?;
         }
-        Ok(table)
+        // The name may also be that of a process that died before it was durable.
+        storage.sync_dir().map_err(TableError::Storage)?;
+        let table = Self::over(storage.open(table_file::NAME))?;
+        let read = table.db.begin_read()?;
+        let known = read.open_table(STATE)?.get("version")?.is_some_and(|version| version.value() == VERSION);
+        if known { Ok(table) } else { Err(TableError::Version) }
+    }
+
+    fn over(file: Result<File, StorageError>) -> Result<Self, TableError> {
+        let file = file.map_err(TableError::Storage)?;
+        Ok(Self { db: open_sound(TableFile(file))? })
     }
 
     /// The object of a file; `None` if the tree has none.
@@ -288,14 +294,16 @@ impl Table {
 
 /// Opens the database and compares all its checksums, which redb by itself does not: it would take rot for handles and
 /// groups. Costs some 0.2 µs a file.
-fn open_sound(path: &Path) -> Result<Database, TableError> {
+fn open_sound(file: TableFile) -> Result<Database, TableError> {
     let open = || -> Result<(Database, bool), redb::Error> {
-        let mut db = Database::builder().set_cache_size(limits::IMAGE_TABLE_CACHE_BYTES).create(path)?;
+        let mut builder = Database::builder();
+        builder.set_cache_size(limits::IMAGE_TABLE_CACHE_BYTES);
+        let mut db = builder.create_with_backend(file)?;
         let sound = db.check_integrity()?;
         Ok((db, sound))
     };
     // Over some pages redb panics; here that says no more than that they are damaged.
-    match std::panic::catch_unwind(open) {
+    match std::panic::catch_unwind(AssertUnwindSafe(open)) {
         Ok(Ok((db, true))) => Ok(db),
         Ok(Err(error)) => Err(error.into()),
         Ok(Ok((_, false))) | Err(_) => Err(TableError::Damaged("its checksums are wrong")),
@@ -335,16 +343,22 @@ mod file_id {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
+    use std::path::Path;
 
     use twinfs_core::update::sample_file;
 
     use super::*;
+    use crate::storage::RealStorage;
 
     /// Everything that the table tells.
     type Told = (Vec<Option<Local>>, Vec<Option<FileId>>, TreeState);
 
-    fn read_all(path: &Path) -> Result<Told, TableError> {
-        let table = Table::open(path)?;
+    fn open(dir: &Path) -> Result<Table, TableError> {
+        Table::open(&RealStorage::open(dir).unwrap())
+    }
+
+    fn read_all(dir: &Path) -> Result<Told, TableError> {
+        let table = open(dir)?;
         let locals = (0..100).map(|ino| table.local(sample_file(ino))).collect::<Result<_, _>>()?;
         let files = table.files(0..100)?;
         assert!(table.preimages()?.is_empty() && table.attributes()?.is_empty());
@@ -356,8 +370,8 @@ mod tests {
         // In memory where there is room: each image is synced several times.
         let memory = Some(Path::new("/dev/shm")).filter(|dir| dir.is_dir());
         let dir = tempfile::tempdir_in(memory.unwrap_or(&std::env::temp_dir())).unwrap();
-        let path = dir.path().join("table.redb");
-        let table = Table::open(&path).unwrap();
+        let path = dir.path().join(table_file::NAME);
+        let table = open(dir.path()).unwrap();
         let handle = Handle::from_bytes(&[1, 0, 0, 0, 5, 6, 7, 8]).unwrap();
         let local = |ino| (sample_file(ino), Local { ino, handle: handle.clone() });
         let (put, tree) = (
@@ -368,7 +382,7 @@ mod tests {
             table.commit(&Changes { put: &put, tree, started: tree, ..Changes::default() }).unwrap();
         }
         drop(table);
-        let whole = read_all(&path).unwrap();
+        let whole = read_all(dir.path()).unwrap();
         let good = std::fs::read(&path).unwrap();
         let used: Vec<usize> = (0..good.len()).filter(|at| good[*at] != 0).collect();
         let file = std::fs::File::options().write(true).open(&path).unwrap();
@@ -377,7 +391,7 @@ mod tests {
             file.set_len(good.len() as u64).unwrap();
             file.write_all_at(&good, 0).unwrap();
             file.write_all_at(&[good[*at] ^ (1 << (count % 8))], *at as u64).unwrap();
-            match std::panic::catch_unwind(|| read_all(&path)) {
+            match std::panic::catch_unwind(|| read_all(dir.path())) {
                 Ok(Ok(found)) => assert_eq!(found, whole, "byte {at}"),
                 Ok(Err(_)) => refused += 1,
                 Err(_) => panic!("byte {at}: a panic"),

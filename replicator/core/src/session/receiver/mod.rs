@@ -285,6 +285,12 @@ impl Receiver {
         ReplicaView { paired: self.paired, role: self.role, volumes: volumes.collect() }
     }
 
+    /// The sets of a volume past a gap in what is durable that are durable too.
+    pub fn durable_beyond(&self, volume: &VolumeName) -> impl Iterator<Item = SetNumber> {
+        let known = self.volumes.iter().find(|known| known.name == *volume);
+        known.into_iter().flat_map(Volume::durable_beyond)
+    }
+
     /// The decision about a hello: make it durable if it [`changes`](Adoption::changes) anything, then call
     /// [`handle_connected`](Self::handle_connected).
     ///

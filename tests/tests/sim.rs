@@ -1,0 +1,92 @@
+//! The simulator: a primary and a replica in one thread over a simulated disk, network and clock, with crashes of the
+//! replica at any of its I/O operations. `twinfs_tests::sim` says what is checked.
+//!
+//! `TWINFS_SEED=N` replays a seed, with `TWINFS_TRACE=1` it prints what happens; `TWINFS_SEEDS=N` runs the seeds below N.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use twinfs_core::session::receiver::Ordering as GroupOrdering;
+use twinfs_tests::seed;
+use twinfs_tests::sim::{Figures, Options, simulate};
+
+const TEST: &str = "crashes_of_the_replica_lose_nothing";
+
+/// Runs seeds on all processors; panics with the first that fails, and how to replay it.
+fn run(seeds: &[u64], options: Options) -> Vec<Figures> {
+    let next = AtomicU64::new(0);
+    let work = || {
+        let mut figures = Vec::new();
+        while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+            let run = simulate(*seed, options);
+            if options.text {
+                print!("{}", run.text);
+            }
+            if let Err(why) = run.outcome {
+                next.store(u64::MAX / 2, Ordering::Relaxed);
+                panic!(
+                    "seed {seed}: {why}\n\
+                     replay: TWINFS_SEED={seed} TWINFS_TRACE=1 cargo test -p twinfs-tests --test sim -- --nocapture {TEST}\n\
+                     keep:   echo '{TEST} {seed}' >> tests/seeds.txt"
+                );
+            }
+            figures.push(run.figures);
+        }
+        figures
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(seeds.len());
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("a seed failed; see above")).collect()
+    })
+}
+
+#[test]
+fn crashes_of_the_replica_lose_nothing() {
+    let text = seed::number("TWINFS_TRACE").is_some();
+    let seeds: Vec<u64> = match seed::number("TWINFS_SEED") {
+        Some(seed) => vec![seed],
+        None => seed::kept(TEST).into_iter().chain(0..seed::number("TWINFS_SEEDS").unwrap_or(2000)).collect(),
+    };
+    let figures = run(&seeds, Options { text, ..Options::default() });
+    let sum = |of: fn(&Figures) -> u64| figures.iter().map(of).sum::<u64>();
+    println!(
+        "{} seeds: {} operations, {} groups, {} crashes of the process and {} of the power ({} in a recovery, {} in a \
+         checkpoint), {} checkpoints, {} cuts of the link, {} changes of disks",
+        figures.len(),
+        sum(|f| f.operations),
+        sum(|f| f.groups),
+        sum(|f| f.crashes[0]),
+        sum(|f| f.crashes[1]),
+        sum(|f| f.in_recovery),
+        sum(|f| f.in_checkpoint),
+        sum(|f| f.checkpoints),
+        sum(|f| f.cuts),
+        sum(|f| f.changes),
+    );
+    assert!(figures.iter().all(|f| f.operations >= 300 && f.crashes.iter().sum::<u64>() >= 20));
+    if figures.len() >= 100 {
+        assert!(sum(|f| f.in_recovery) > 0 && sum(|f| f.in_checkpoint) > 0 && sum(|f| f.cuts) > 0);
+    }
+}
+
+/// The same seed gives the same run, byte by byte, so a failure can be replayed.
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let options = Options { text: true, ..Options::default() };
+    for seed in 0..20 {
+        let (first, second) = (simulate(seed, options), simulate(seed, options));
+        for (at, (a, b)) in first.text.lines().zip(second.text.lines()).enumerate() {
+            assert_eq!(a, b, "seed {seed}, line {at}");
+        }
+        assert_eq!(first.hash, second.hash, "seed {seed}");
+    }
+    assert_ne!(simulate(0, options).hash, simulate(1, options).hash, "the seed must matter");
+}
+
+/// The checks are able to fail: without stamp ordering there are gaps, and volumes are of different instants.
+#[test]
+fn without_stamp_ordering_the_checks_object() {
+    let options = Options { ordering: GroupOrdering::ByArrival, ..Options::default() };
+    let broken = (0..20).filter(|seed| simulate(*seed, options).outcome.is_err()).count();
+    assert!(broken > 10, "only {broken} of 20 seeds were found wrong");
+}
