@@ -36,6 +36,9 @@ use crate::mount::{MountOptions, Mounted};
 use crate::recorder::{Logged, Recorder};
 use crate::scan::Scan;
 
+/// How often, and after which pause, somebody who holds a source open is looked at again.
+const DYING_LOOKS: u32 = 5;
+const DYING_PAUSE: Duration = Duration::from_millis(200);
 /// Longer than change times stand still.
 const CHANGE_TIME_TICK: Duration = Duration::from_millis(40);
 /// How long a clean stop waits for the replica to take what is left; the rest is kept for the next start.
@@ -138,7 +141,7 @@ fn check_sources(arguments: &PrimaryArguments) -> anyhow::Result<()> {
         for nested in holders::nested_mounts(&mirrored.source)? {
             tracing::warn!(mount = %nested.display(), "is mounted inside the source: not mirrored");
         }
-        let holders = holders::holders(&mirrored.source)
+        let holders = lasting_holders(&mirrored.source, arguments.force)
             .with_context(|| format!("cannot find out who uses {}", mirrored.source.display()))?;
         for holder in &holders {
             let (pid, name, path) = (holder.pid, &holder.name, holder.path.display());
@@ -156,6 +159,18 @@ fn check_sources(arguments: &PrimaryArguments) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Who holds a source open for longer than a moment: a daemon that was killed needs one to go.
+fn lasting_holders(source: &Path, force: bool) -> std::io::Result<Vec<holders::Holder>> {
+    for _ in 0..if force { 0 } else { DYING_LOOKS } {
+        let found = holders::holders(source)?;
+        if found.is_empty() {
+            return Ok(found);
+        }
+        std::thread::sleep(DYING_PAUSE);
+    }
+    holders::holders(source)
 }
 
 /// A volume with its mirror, before it is mounted.
