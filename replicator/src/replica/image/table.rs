@@ -136,7 +136,21 @@ impl Table {
         let table = Self::over(storage.open(table_file::NAME))?;
         let read = table.db.begin_read()?;
         let known = read.open_table(STATE)?.get("version")?.is_some_and(|version| version.value() == VERSION);
-        if known { Ok(table) } else { Err(TableError::Version) }
+        drop(read);
+        if !known {
+            return Err(TableError::Version);
+        }
+        table.warm()?;
+        Ok(table)
+    }
+
+    /// Commits what is there already: that reads the pages which every commit needs, so the first checkpoint costs no more
+    /// than the others.
+    fn warm(&self) -> Result<(), TableError> {
+        let mut write = self.db.begin_write()?;
+        write.set_quick_repair(true);
+        write.open_table(STATE)?.insert("version", VERSION)?;
+        Ok(write.commit()?)
     }
 
     fn over(file: Result<File, StorageError>) -> Result<Self, TableError> {
