@@ -71,6 +71,7 @@ impl Fsx {
         command.arg("-q").arg("-f").arg(self.work.join("fsx.toml")).arg("-P").arg(&self.work);
         command.args(["-N", "400", "-S", &self.seed.to_string()]).arg(&self.file);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(out);
+        let mount = self.mount();
         let mut running = Background::start(&mut command);
         let (start, mut look) = (Instant::now(), Duration::from_secs(2));
         loop {
@@ -78,7 +79,8 @@ impl Fsx {
                 return Ok((status, std::fs::read_to_string(&log).unwrap_or_default()));
             }
             if start.elapsed() > look {
-                if !self.is_there() {
+                // The mount may be there again, another one: then the program waits for one that is dead.
+                if !self.is_there() || self.mount() != mount {
                     return Err(Lost);
                 }
                 look *= 2;
