@@ -163,7 +163,7 @@ impl fmt::Display for Status {
             self.sets_out_of_order,
             self.tokens_held
         )?;
-        let store = if matches!(self.role, Role::Replica) { "journal " } else { "sidefile" };
+        let store = if matches!(self.role, Role::Replica | Role::Promoted) { "journal " } else { "sidefile" };
         writeln!(f, "  {store}          {} of {}", Bytes(self.store_bytes), Bytes(self.store_bytes_max))?;
         for volume in &self.volumes {
             write!(f, "  volume            {}  {}", volume.name, volume.state)?;

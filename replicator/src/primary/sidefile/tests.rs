@@ -1,5 +1,5 @@
 use super::*;
-use twinfs_core::update::{Attr, sample_file};
+use twinfs_core::update::{self, Attr, Intent, Op, sample_file};
 
 const SESSION: SessionId = SessionId::from_bytes([7; 16]);
 const V: VolumeIndex = VolumeIndex(0);
