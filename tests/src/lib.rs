@@ -19,4 +19,5 @@ pub mod seed;
 pub mod sim;
 pub mod stranger;
 pub mod tree;
+pub mod watchdog;
 pub mod watcher;

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::watchdog;
+
 /// How long a test waits for something that should happen soon. Reached only when it does not happen at all.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -43,6 +45,7 @@ impl Daemon {
     /// If it cannot be started.
     #[must_use]
     pub fn start(command: &mut Command, log: &Path) -> Self {
+        watchdog::alive();
         let stderr = File::options().create(true).append(true).open(log).expect("the log can be written");
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn();
         Self { child: child.expect("the command can be started"), log: log.to_owned() }
@@ -143,6 +146,7 @@ pub fn run(command: &mut Command) -> String {
 /// # Panics
 /// If it cannot be started.
 pub fn output(command: &mut Command) -> Output {
+    watchdog::alive();
     command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"))
 }
 
@@ -153,6 +157,7 @@ pub fn output(command: &mut Command) -> Output {
 pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
+        watchdog::alive();
         if let Some(value) = ready() {
             return value;
         }
