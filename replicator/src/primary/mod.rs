@@ -4,13 +4,15 @@
 //! * [`sidefile`] – what the file system layer publishes its updates into.
 //! * [`clock`] – where timestamps come from.
 //! * [`chain`] – from a cut of the sidefile to record sets.
-//! * [`mover`] – the one thread that owns the session: it cuts, ships, and takes acknowledgements.
+//! * [`engine`] – the session: it cuts, ships, and takes acknowledgements.
+//! * [`mover`] – the one thread that owns the engine.
 //! * `link` – keeps a connection to the replica, and carries bytes between it and the mover.
 //! * [`store`] – what is kept from run to run.
 
 pub mod activity_log;
 pub mod chain;
 pub mod clock;
+pub mod engine;
 mod link;
 pub mod mover;
 pub mod sidefile;

@@ -5,15 +5,15 @@
 //! sidefile again, the session is suspended again, what is left of the maps is noted with what was dropped meanwhile, and
 //! after a pause it starts over. All of it becomes one group at the replica, which therefore is bounded.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use twinfs_core::change_map::ChangeMap;
-use twinfs_core::id::VolumeIndex;
 use twinfs_core::limits;
 use twinfs_core::session::{Role, SuspendReason, VolumeState};
 use twinfs_core::stamp::Seq;
 
-use super::Mover;
+use super::{Connection, Engine, Outlet};
+use crate::primary::clock::Reading;
 
 /// What the mover knows of resyncs.
 #[derive(Debug)]
@@ -23,53 +23,48 @@ pub(super) struct Resyncs {
     since: Option<Vec<Seq>>,
     /// The last update that the replica has of each volume, if its place in the chain was adopted.
     pub(super) restart: Option<Vec<Seq>>,
-    not_before: Option<Instant>,
-    pause: Duration,
+    /// By the boot clock.
+    not_before: u64,
+    pause_ns: u64,
 }
 
 impl Default for Resyncs {
     fn default() -> Self {
-        let pause = Duration::from_nanos(limits::RESYNC_PAUSE_NS);
-        Self { running: false, since: None, restart: None, not_before: None, pause }
+        Self { running: false, since: None, restart: None, not_before: 0, pause_ns: limits::RESYNC_PAUSE_NS }
     }
 }
 
 impl Resyncs {
     /// Puts the next attempt off, for longer each time.
-    fn put_off(&mut self) {
-        self.not_before = Some(Instant::now() + self.pause);
-        self.pause = (self.pause * 2).min(Duration::from_nanos(limits::RESYNC_PAUSE_NS_MAX));
+    fn put_off(&mut self, now: u64) {
+        self.not_before = now.saturating_add(self.pause_ns);
+        self.pause_ns = (self.pause_ns * 2).min(limits::RESYNC_PAUSE_NS_MAX);
     }
 }
 
-impl Mover {
+impl<O: Outlet> Engine<O> {
     /// Begins, watches and ends resyncs. Called after everything else that may suspend the session.
-    pub(super) fn advance_resync(&mut self) {
+    pub(super) fn advance_resync(&mut self, now: Reading) {
         if self.role == Role::Fenced {
             return;
         }
         self.take_restart();
         if self.resyncs.running {
-            self.watch_resync();
-        } else if self.may_resync() {
-            self.begin_resync();
+            self.watch_resync(now);
+        } else if self.may_resync(now) {
+            self.begin_resync(now);
         }
     }
 
-    fn volume_indices(&self) -> impl Iterator<Item = VolumeIndex> + use<> {
-        (0..self.volumes.len()).map(|at| VolumeIndex(at as u16))
-    }
-
     /// Whether the session is suspended for a reason that is gone, and nothing from before is under way.
-    fn may_resync(&self) -> bool {
+    fn may_resync(&self, now: Reading) -> bool {
         let passing = matches!(
             self.sender.suspended(),
             Some(SuspendReason::Link | SuspendReason::Lag | SuspendReason::Journal)
         );
-        let connected = self.connection.as_ref().is_some_and(|connection| connection.welcomed);
         passing
             && !self.examining
-            && connected
+            && self.connection == Connection::Welcomed
             && self.sender.is_connected()
             && self.sender.needs_resync()
             && self.sender.is_idle()
@@ -77,24 +72,25 @@ impl Mover {
             && self.capture.queued().1 == 0
             && self.capture.is_covered()
             && self.promote.is_none()
-            && self.resyncs.not_before.is_none_or(|at| Instant::now() >= at)
+            && now.boot >= self.resyncs.not_before
     }
 
-    fn begin_resync(&mut self) {
+    fn begin_resync(&mut self, now: Reading) {
         self.release();
         // A copy that has not noticed the suspension must not go on in the middle of what follows.
         self.volume_indices().for_each(|index| drop(self.files.stop_resync(index)));
         if !self.capture.hold(Duration::from_nanos(limits::HOLD_NS_MAX)) {
             self.capture.let_go();
             tracing::warn!("operations under way do not end: the resync waits");
-            return self.resyncs.put_off();
+            // That took as long as it may.
+            return self.resyncs.put_off(now.boot.saturating_add(limits::HOLD_NS_MAX));
         }
         let begun = self.begin_held();
         self.capture.let_go();
         if let Err(why) = begun {
             tracing::error!(%why, "the resync cannot begin");
             self.capture.suspend();
-            self.abandon_resync();
+            self.abandon_resync(now);
         }
     }
 
@@ -137,13 +133,13 @@ impl Mover {
         (self.resyncs.restart, self.resyncs.since) = (Some(last_seqs), None);
     }
 
-    fn watch_resync(&mut self) {
+    fn watch_resync(&mut self, now: Reading) {
         let captured = self.capture.last_seqs();
         let since = self.resyncs.since.as_deref().unwrap_or_default();
         let updates: u64 = captured.iter().zip(since).map(|(now, then)| now.0.saturating_sub(then.0)).sum();
         let states = self.volume_indices().map(|index| self.sender.volume_state(index));
         if self.capture.fill().suspended {
-            self.abandon_resync();
+            self.abandon_resync(now);
         } else if states.into_iter().all(|state| state != Some(VolumeState::Resync)) {
             self.volume_indices().for_each(|index| drop(self.files.stop_resync(index)));
             self.resyncs = Resyncs::default();
@@ -151,38 +147,37 @@ impl Mover {
             tracing::info!("the resync is complete: the replica shows it");
         } else if updates > limits::RESYNC_UPDATES_MAX {
             let most = limits::RESYNC_UPDATES_MAX;
-            self.give_resync_up(format!(
-                "the resync needs more than {most} updates in one consistency group"
-            ));
+            let why = format!("the resync needs more than {most} updates in one consistency group");
+            self.give_resync_up(why, now);
         } else if self.volume_indices().any(|index| self.files.resync_failed(index)) {
-            self.give_resync_up("too much changed while the resync ran".into());
+            self.give_resync_up("too much changed while the resync ran".into(), now);
         }
     }
 
     /// Suspends the session until a person acts.
-    fn give_resync_up(&mut self, why: String) {
+    fn give_resync_up(&mut self, why: String, now: Reading) {
         tracing::error!(%why, "the session is SUSPENDED");
         self.capture.suspend();
         self.sender.handle_let_go();
         self.sender.suspend(SuspendReason::Error);
         self.reason = Some(why);
-        self.abandon_resync();
+        self.abandon_resync(now);
     }
 
     /// The session was suspended again in the middle: what is left of the maps belongs to what is noted now.
-    fn abandon_resync(&mut self) {
+    fn abandon_resync(&mut self, now: Reading) {
         for index in self.volume_indices() {
             let left = self.files.stop_resync(index).unwrap_or_default();
             self.capture.merge_changes(index, left);
         }
         self.resyncs.running = false;
-        self.resyncs.put_off();
+        self.resyncs.put_off(now.boot);
     }
 
     /// For a clean stop: ends a resync before its time. Returns what is left of its maps.
-    pub(super) fn stop_resync(&mut self) -> Vec<ChangeMap> {
+    pub(super) fn stop_resync(&mut self, now: Reading) -> Vec<ChangeMap> {
         if self.resyncs.running {
-            self.abandon_resync();
+            self.abandon_resync(now);
         }
         self.capture.take_changes()
     }

@@ -9,26 +9,25 @@ use twinfs_core::id::VolumeIndex;
 use twinfs_core::session::SuspendReason;
 use twinfs_core::stamp::Seq;
 
-use super::{Mover, Primary, lock};
+use super::{Engine, Outlet};
 
 /// What a scan has found of each volume, or why it could not end.
 pub type Examined = Result<Vec<ChangeMap>, String>;
 
 /// What status says meanwhile.
-pub(super) const EXAMINING: &str = "looking for changes that were made while the volumes were not mounted";
+const EXAMINING: &str = "looking for changes that were made while the volumes were not mounted";
 
-impl Primary {
-    /// A scan has ended that [`PrimaryParts::examining`](super::PrimaryParts::examining) announced.
-    pub fn examined(&self, examined: Examined) {
-        *lock(&self.shared.examined) = Some(examined);
-        self.capture.poke();
+impl<O: Outlet> Engine<O> {
+    /// At the start of a session: nothing is shipped before the scan has ended.
+    pub(super) fn begin_examination(&mut self) {
+        if self.examining && self.sender.suspended().is_none() && !self.capture.fill().suspended {
+            self.sender.suspend(SuspendReason::Error);
+            self.reason = Some(EXAMINING.to_owned());
+        }
     }
-}
 
-impl Mover {
-    /// Goes on when the scan is done.
-    pub(super) fn take_examined(&mut self) {
-        let Some(examined) = lock(&self.shared.examined).take() else { return };
+    /// The scan has ended that [`EngineConfig::examining`](super::EngineConfig::examining) announced.
+    pub fn handle_examined(&mut self, examined: Examined) {
         let maps = match examined {
             Ok(maps) => maps,
             Err(why) => {
@@ -61,7 +60,7 @@ impl Mover {
 
     /// The last update of each volume that is in a set.
     fn issued_seqs(&self) -> Vec<Seq> {
-        let links = (0..self.volumes.len()).map(|at| self.sender.link(VolumeIndex(at as u16)));
+        let links = self.volume_indices().map(|index| self.sender.link(index));
         links.map(|link| link.map_or(Seq::ZERO, |link| Seq(link.first_seq.0.saturating_sub(1)))).collect()
     }
 
