@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::mount::Mounted;
+use crate::mount::{IDLE_LOOKS, IDLE_PAUSE, Mounted, Unmounted};
 
 /// How often a daemon looks whether its mounts are still there.
 const LOOK: Duration = Duration::from_millis(100);
@@ -71,15 +71,52 @@ impl Mounts {
         })
     }
 
-    /// Takes all mounts away, the newest first. Returns what went wrong.
-    pub fn unmount(&self) -> Vec<anyhow::Error> {
-        let all = self.all().clone();
-        let failed = all.iter().rev().filter_map(|mounted| {
-            let result = mounted.unmount();
-            result.with_context(|| format!("cannot unmount {}", mounted.target().display())).err()
-        });
-        failed.collect()
+    /// Takes away the mounts that nobody uses, the newest first. Returns what went wrong. Those in use are left: when
+    /// what they capture is held, or there is nothing to hold, [`Self::detach`] is next.
+    pub fn unmount_idle(&self) -> Vec<anyhow::Error> {
+        let mut left = self.all().clone();
+        let mut failed = Vec::new();
+        for round in 0..IDLE_LOOKS {
+            if round > 0 && !left.is_empty() {
+                std::thread::sleep(IDLE_PAUSE);
+            }
+            for mounted in std::mem::take(&mut left).into_iter().rev() {
+                match mounted.unmount_if_idle() {
+                    Ok(Some(_)) => {}
+                    Ok(None) => left.insert(0, mounted),
+                    Err(error) => failed.push(cannot_unmount(error, &mounted)),
+                }
+            }
+        }
+        *self.all() = left;
+        failed
     }
+
+    /// Whether [`Self::unmount_idle`] has left any.
+    pub fn are_left(&self) -> bool {
+        !self.all().is_empty()
+    }
+
+    /// Takes the mounts that are left out of sight. Returns what went wrong.
+    pub fn detach(&self) -> Vec<anyhow::Error> {
+        let left = std::mem::take(&mut *self.all());
+        let mut failed = Vec::new();
+        for mounted in left.into_iter().rev() {
+            let target = mounted.target().display();
+            match mounted.detach() {
+                Ok(Unmounted::Detached) => {
+                    tracing::warn!(%target, "the mount is in use: its files fail for those who have them open");
+                }
+                Ok(_) => {}
+                Err(error) => failed.push(cannot_unmount(error, &mounted)),
+            }
+        }
+        failed
+    }
+}
+
+fn cannot_unmount(error: std::io::Error, mounted: &Mounted) -> anyhow::Error {
+    anyhow::Error::new(error).context(format!("cannot unmount {}", mounted.target().display()))
 }
 
 /// Random bytes.

@@ -21,6 +21,12 @@ use rustix::mount::{
 use rustix::process::{Resource, getrlimit, setrlimit};
 use twinfs_core::limits;
 
+/// How often a mount that is in use is looked at again, and after which pause: programs that look at every mount now and
+/// then hold it for a moment.
+pub const IDLE_LOOKS: u32 = 5;
+/// See [`IDLE_LOOKS`].
+pub const IDLE_PAUSE: Duration = Duration::from_millis(50);
+
 /// Where a mount goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
@@ -254,38 +260,58 @@ impl Mounted {
         }
     }
 
+    /// Takes the mount away if nobody uses it; `None` if somebody does.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn unmount_if_idle(&self) -> io::Result<Option<Unmounted>> {
+        if !self.is_on_top()? {
+            return Ok(Some(Unmounted::NotOurs));
+        }
+        match unmount(&self.target, UnmountFlags::NOFOLLOW) {
+            Ok(()) => {
+                let _ended = self.wait();
+                Ok(Some(Unmounted::Clean))
+            }
+            Err(Errno::BUSY) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Takes the mount out of sight, whoever uses it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn detach(&self) -> io::Result<Unmounted> {
+        if !self.is_on_top()? {
+            return Ok(Unmounted::NotOurs);
+        }
+        unmount(&self.target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?;
+        Ok(Unmounted::Detached)
+    }
+
     /// Takes the mount away: cleanly if nobody uses it, else out of sight.
     ///
     /// # Errors
     /// The system's.
     pub fn unmount(&self) -> io::Result<Unmounted> {
-        if self.wait_for(Some(Duration::ZERO)).is_some() {
-            return Ok(Unmounted::NotOurs);
-        }
-        let top = rustix::fs::openat(
-            CWD,
-            &self.target,
-            rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
-            rustix::fs::Mode::empty(),
-        )
-        .and_then(mount_id)?;
-        if top != self.mount_id {
-            return Ok(Unmounted::NotOurs);
-        }
-        // Programs that look at every mount now and then hold it for a moment.
-        for _ in 0..5 {
-            match unmount(&self.target, UnmountFlags::NOFOLLOW) {
-                Ok(()) => {
-                    let _ended = self.wait();
-                    return Ok(Unmounted::Clean);
-                }
-                Err(Errno::BUSY) => std::thread::sleep(Duration::from_millis(50)),
-                Err(error) => return Err(error.into()),
+        for _ in 0..IDLE_LOOKS {
+            if let Some(how) = self.unmount_if_idle()? {
+                return Ok(how);
             }
+            std::thread::sleep(IDLE_PAUSE);
         }
-        unmount(&self.target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?;
-        tracing::warn!(target = %self.target.display(), "the mount is in use: it was detached, and ends with its last user");
-        Ok(Unmounted::Detached)
+        self.detach()
+    }
+
+    fn is_on_top(&self) -> io::Result<bool> {
+        if self.wait_for(Some(Duration::ZERO)).is_some() {
+            return Ok(false);
+        }
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        let top =
+            rustix::fs::openat(CWD, &self.target, flags, rustix::fs::Mode::empty()).and_then(mount_id)?;
+        Ok(top == self.mount_id)
     }
 }
 

@@ -41,6 +41,8 @@ const DYING_LOOKS: u32 = 5;
 const DYING_PAUSE: Duration = Duration::from_millis(200);
 /// Longer than change times stand still.
 const CHANGE_TIME_TICK: Duration = Duration::from_millis(40);
+/// How long programs have to come into the hold, before a mount that they use is taken away.
+const HOLD_PAUSE: Duration = Duration::from_millis(200);
 /// How long a clean stop waits for the replica to take what is left; the rest is kept for the next start.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -402,13 +404,19 @@ impl Running {
 
     /// Ends cleanly: everything captured is kept, nothing stays mounted.
     fn stop(mut self) -> anyhow::Result<()> {
-        let mut failed = self.mounts.unmount();
+        let mut failed = self.mounts.unmount_idle();
         drop(self.scan.take());
         // Before the hold: their threads would wait in it.
         self.layer.copies.halt();
-        // Programs that still hold files of a detached mount wait from here on, and get an error when this process ends.
         if !self.capture.hold(STOP_PATIENCE) {
             tracing::warn!("operations under way do not end");
+        }
+        if self.mounts.are_left() {
+            // A program that goes on while its mount is detached finds the bare mount point by its next path: a journal that
+            // is not to be found there counts as removed. So all that change anything shall wait here before, and get an
+            // error when this process ends.
+            std::thread::sleep(HOLD_PAUSE);
+            failed.extend(self.mounts.detach());
         }
         let names: Vec<VolumeName> =
             self.lock_state().volumes.iter().map(|volume| volume.name.clone()).collect();

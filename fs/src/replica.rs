@@ -250,7 +250,8 @@ impl Daemon {
     }
 
     fn stop(&self) -> anyhow::Result<()> {
-        let mut failed = self.mounts.unmount();
+        let mut failed = self.mounts.unmount_idle();
+        failed.extend(self.mounts.detach());
         self.replica.stop();
         if let Some(capture) = lock(&self.taken_over).take() {
             capture.close()?;

@@ -138,7 +138,12 @@ impl Scene {
         match point {
             // Replayed is only what was not checkpointed.
             FailPoint::Replayed => self.pair.kill(site(side)),
-            _ => self.pair.stop(site(side)),
+            _ => {
+                // Files that programs have open when their mount is taken away are another test's concern.
+                let rest = self.loads.rest();
+                self.pair.stop(site(side));
+                drop(rest);
+            }
         }
         self.pair.fail_at(Some((site(side), format!("{}:{passage}:{linger}", point.name()))));
         self.pair.spawn(site(side));

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::process::Signal;
 use twinfs_tests::fixture::{self, Amounts};
@@ -103,6 +104,49 @@ fn a_busy_mount_ends_all_the_same() {
     assert_eq!(mounts_below(pair.root()).len(), 0);
     assert_eq!(std::fs::read(pair.source("data").join("held")).unwrap(), b"held open");
     drop((file, view));
+}
+
+/// Databases note a change in a journal, change a file that they have open, and remove the journal by its path. If the mount
+/// were gone by then, but not the open file, they would take the journal for removed, and the next start would undo what
+/// they said is done.
+#[test]
+fn a_stop_never_comes_between_a_journal_and_its_removal() {
+    let mut pair = Pair::start(Setup::default());
+    let path = |name: &str| pair.mount("data").join(name);
+    let (file, journal) = (path("file"), path("journal"));
+    let kept = pair.source("data").join("journal");
+    for round in 0..5 {
+        let done = AtomicU64::new(0);
+        let transact = |open: &File, n: u64| {
+            std::fs::write(&journal, n.to_string())?;
+            (0..20).try_for_each(|at| std::os::unix::fs::FileExt::write_all_at(open, b"new", at))?;
+            match std::fs::remove_file(&journal) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => {
+                    done.store(n, Ordering::Release);
+                    Ok(())
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            let open = File::create(&file).unwrap();
+            let writer = scope.spawn(move || (1..).find_map(|n| transact(&open, n).err()));
+            wait_for("transactions", || (done.load(Ordering::Acquire) > 20).then_some(()));
+            pair.primary.as_mut().unwrap().stop();
+            assert!(writer.join().unwrap().is_some(), "the mount is gone");
+        });
+        let (left, done) = (std::fs::read_to_string(&kept), done.into_inner());
+        if let Ok(n) = &left {
+            assert!(
+                n.is_empty() || n.parse::<u64>().is_ok_and(|n| n > done),
+                "round {round}: journal {n} is there, {done} are done"
+            );
+        }
+        for left in [&kept, &journal] {
+            drop(std::fs::remove_file(left));
+        }
+        pair.start_primary();
+    }
 }
 
 #[test]

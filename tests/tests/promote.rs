@@ -228,7 +228,16 @@ fn the_old_primary_is_refused_after_a_forced_promote() {
     let log = pair.replica.as_ref().unwrap().log_text();
     assert!(log.contains("epoch"), "the refusal is logged:\n{log}");
 
-    // Started again, the old primary does not come back either.
+    // Started again, the old primary does not come back either, and says why.
+    pair.stop_primary();
+    pair.start_primary();
+    let status = pair.wait_status("nyc", "that it is FENCED", |status| status["role"] == "FENCED");
+    assert_eq!(status["session_state"], "SUSPENDED", "{status:#}");
+    assert!(status["reason"].as_str().unwrap().contains("read-only"), "{status:#}");
+    assert!(status["behind_records"].as_u64().unwrap() > 0, "what was never shipped is kept: {status:#}");
+    let error = std::fs::write(pair.mount("data").join("late"), b"x").unwrap_err();
+    assert_eq!(errno(&error), Some(Errno::ROFS));
+    assert_eq!(std::fs::read(pair.mount("data").join("never arrives")).unwrap(), vec![7; 100_000]);
     pair.stop_primary();
     assert!(pair.source("data").join("never arrives").exists(), "what was written there stays there");
     assert_eq!(tree::differences(&before, &tree::listing(&pair.view("data"), Compare::ALL)), None);

@@ -39,6 +39,8 @@ pub use self::examine::Examined;
 pub const IDLE: Duration = Duration::from_millis(100);
 /// How soon write tokens follow the updates that cannot be shipped at once.
 const TOKEN_DELAY: Duration = Duration::from_millis(5);
+/// What that means for those who use a site.
+const FENCED: &str = "the mounts here are read-only, and what the other site lacks is kept";
 
 /// How far the initial copy of a volume is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -199,7 +201,7 @@ impl<O: Outlet> Engine<O> {
             files: config.files,
             role: config.role,
             epoch: config.epoch,
-            reason: config.reason,
+            reason: config.reason.or_else(|| (config.role == Role::Fenced).then(|| FENCED.to_owned())),
             connection: Connection::None,
             last_error: None,
             sets_sent: 0,
@@ -384,11 +386,8 @@ impl<O: Outlet> Engine<O> {
         self.capture.fence();
         self.role = Role::Fenced;
         self.promote = None;
-        self.reason = Some(format!("epoch {} belongs to another site", epoch.number));
-        tracing::error!(
-            epoch = epoch.number,
-            "another site was promoted: this one is FENCED, its mounts are read-only"
-        );
+        self.reason = Some(format!("another site took over in epoch {}: {FENCED}", epoch.number));
+        tracing::error!(epoch = epoch.number, "another site took over: this one is FENCED; {FENCED}");
         self.outlet.fenced(epoch);
     }
 

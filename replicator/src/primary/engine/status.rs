@@ -1,7 +1,7 @@
 //! What an engine tells of itself.
 
 use twinfs_core::id::VolumeIndex;
-use twinfs_core::session::{SessionState, VolumeState};
+use twinfs_core::session::{Role, SessionState, SuspendReason, VolumeState};
 use twinfs_core::stamp::Timestamp;
 
 use super::suspension::suspend_reason;
@@ -32,6 +32,7 @@ impl<O: Outlet> Engine<O> {
         let known = progress.time > Timestamp::ZERO;
         let state = match self.sender.session_state() {
             state @ (SessionState::Diverged | SessionState::Suspended(_)) => state,
+            _ if self.role == Role::Fenced => SessionState::Suspended(SuspendReason::Error),
             _ if fill.suspended => SessionState::Suspended(suspend_reason(fill.overflow)),
             state => state,
         };
@@ -48,7 +49,10 @@ impl<O: Outlet> Engine<O> {
             let copy = self.files.copy_progress(index).unwrap_or_default();
             VolumeStatus {
                 name: volume.name.to_string(),
-                state: self.sender.volume_state(index).unwrap_or(VolumeState::Pending).to_string(),
+                state: match self.role {
+                    Role::Fenced => state.to_string(),
+                    _ => self.sender.volume_state(index).unwrap_or(VolumeState::Pending).to_string(),
+                },
                 files_copied: copy.files_copied,
                 files_total: copy.files_total,
                 bytes_copied: copy.bytes_copied,
