@@ -27,17 +27,8 @@ impl Loss {
         })?;
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
         let printed = if self.json { print_json(&kept, &mut out) } else { print(&kept, &mut out) };
-        match printed.and_then(|()| out.flush().context("cannot print")) {
-            // Whoever read the first lines and went away has what was wanted.
-            Err(error) if is_broken_pipe(&error) => Ok(ExitCode::SUCCESS),
-            done => done.map(|()| ExitCode::SUCCESS),
-        }
+        super::printed(printed.and_then(|()| out.flush().context("cannot print")))
     }
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
-    io.is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 fn print(kept: &Kept, out: &mut impl Write) -> anyhow::Result<()> {

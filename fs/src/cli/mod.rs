@@ -62,8 +62,22 @@ struct SiteArg {
 }
 
 impl SiteArg {
+    /// The directory by its whole path: what a daemon says of it is read elsewhere.
     fn dir(&self) -> SiteDir {
-        SiteDir::new(&self.site)
+        SiteDir::new(std::path::absolute(&self.site).unwrap_or_else(|_| self.site.clone()))
+    }
+}
+
+/// How a command ends that has only something to show.
+fn printed(result: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    let is_broken_pipe = |error: &anyhow::Error| {
+        let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+        io.is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+    };
+    match result {
+        // Whoever read the first lines and went away has what was wanted.
+        Err(error) if is_broken_pipe(&error) => Ok(ExitCode::SUCCESS),
+        done => done.map(|()| ExitCode::SUCCESS),
     }
 }
 

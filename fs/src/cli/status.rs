@@ -38,20 +38,16 @@ impl StatusCommand {
         }
         loop {
             let status = ask(&site)?;
-            let mut out = std::io::stdout().lock();
-            if self.json {
-                serde_json::to_writer_pretty(&mut out, &status)?;
-                writeln!(out)?;
-            } else {
-                if self.watch {
-                    write!(out, "\x1b[H\x1b[2J")?;
-                }
-                write!(out, "{status}")?;
+            let text = match (self.json, self.watch) {
+                (true, _) => serde_json::to_string_pretty(&status)? + "\n",
+                (false, true) => format!("\x1b[H\x1b[2J{status}"),
+                (false, false) => status.to_string(),
+            };
+            let shown = std::io::stdout().write_all(text.as_bytes());
+            if !self.watch || shown.is_err() {
+                return super::printed(shown.map_err(Into::into));
             }
-            out.flush()?;
-            if !self.watch {
-                return Ok(ExitCode::SUCCESS);
-            }
+            std::io::stdout().flush()?;
             std::thread::sleep(Duration::from_secs(1));
         }
     }
