@@ -6,16 +6,15 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
     ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use twinfs_core::limits;
 
 use super::Replica;
 use crate::errno::FsError;
-use crate::fuse::{file_attr, file_type, reply_xattr};
+use crate::fuse::reply;
 
 /// The kernel must ask each time.
 const TTL: Duration = Duration::ZERO;
@@ -32,35 +31,18 @@ macro_rules! refuse {
 impl Filesystem for Replica {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         // Not FUSE_DO_READDIRPLUS: attributes that must not be kept would be fetched for nothing.
-        let wanted = [
+        let needed = [
             InitFlags::FUSE_POSIX_ACL,
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_AUTO_INVAL_DATA,
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
         ];
-        for flag in wanted {
-            config.add_capabilities(flag).map_err(|flag| {
-                std::io::Error::other(format!(
-                    "this kernel's FUSE is too old: it lacks {flag:?} (Linux 6.6 has it)"
-                ))
-            })?;
-        }
-        // Reads may be as large.
-        let max_write = u32::try_from(limits::WRITE_BYTES_MAX).expect("one MiB");
-        config
-            .set_max_write(max_write)
-            .map_err(|_| std::io::Error::other("the largest write is too large"))?;
-        Ok(())
+        reply::negotiate(config, &needed, "Linux 6.6")
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match Self::lookup(self, parent.0, name.as_bytes()) {
-            Ok(entry) => {
-                reply.entry(&TTL, &file_attr(&entry.attributes), Generation(entry.generation.into()));
-            }
-            Err(error) => reply.error(error.into()),
-        }
+        reply::entry(reply, TTL, Self::lookup(self, parent.0, name.as_bytes()));
     }
 
     fn forget(&self, _request: &Request, node: INodeNo, lookups: u64) {
@@ -68,17 +50,11 @@ impl Filesystem for Replica {
     }
 
     fn getattr(&self, _request: &Request, node: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        match Self::getattr(self, node.0) {
-            Ok(attributes) => reply.attr(&TTL, &file_attr(&attributes)),
-            Err(error) => reply.error(error.into()),
-        }
+        reply::attr(reply, TTL, Self::getattr(self, node.0));
     }
 
     fn readlink(&self, _request: &Request, node: INodeNo, reply: ReplyData) {
-        match Self::readlink(self, node.0) {
-            Ok(target) => reply.data(&target),
-            Err(error) => reply.error(error.into()),
-        }
+        reply::data(reply, Self::readlink(self, node.0));
     }
 
     fn open(&self, _request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -99,10 +75,7 @@ impl Filesystem for Replica {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        match Self::read(self, fh.0, offset, size as usize) {
-            Ok(bytes) => reply.data(&bytes),
-            Err(error) => reply.error(error.into()),
-        }
+        reply::data(reply, Self::read(self, fh.0, offset, size as usize));
     }
 
     fn lseek(
@@ -114,10 +87,7 @@ impl Filesystem for Replica {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        match self.seek(fh.0, offset, whence) {
-            Ok(at) => reply.offset(at.cast_signed()),
-            Err(error) => reply.error(error.into()),
-        }
+        reply::lseek(reply, self.seek(fh.0, offset, whence));
     }
 
     fn flush(
@@ -162,7 +132,7 @@ impl Filesystem for Replica {
         mut reply: ReplyDirectory,
     ) {
         let read = self.read_dir(fh.0, offset, &mut |item, next| {
-            reply.add(INodeNo(item.number), next, file_type(item.kind), OsStr::from_bytes(&item.name))
+            reply.add(INodeNo(item.number), next, reply::file_type(item.kind), OsStr::from_bytes(&item.name))
         });
         match read {
             Ok(()) => reply.ok(),
@@ -199,11 +169,11 @@ impl Filesystem for Replica {
     }
 
     fn getxattr(&self, _request: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        reply_xattr(reply, size, Self::getxattr(self, node.0, name.as_bytes()));
+        reply::xattr(reply, size, Self::getxattr(self, node.0, name.as_bytes()));
     }
 
     fn listxattr(&self, request: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
-        reply_xattr(reply, size, Self::listxattr(self, request.uid(), node.0));
+        reply::xattr(reply, size, Self::listxattr(self, request.uid(), node.0));
     }
 
     fn access(&self, _request: &Request, _node: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
