@@ -13,7 +13,7 @@ use twinfs_core::change_map::ChangeMap;
 use twinfs_core::id::{
     Epoch, FileId, Incarnation, SessionId, SiteName, VolumeIndex, VolumeInstance, VolumeName,
 };
-use twinfs_core::session::sender::{IssuedSet, Sender, SenderConfig, SenderVolume};
+use twinfs_core::session::sender::{IssuedSet, SenderConfig, SenderVolume};
 use twinfs_core::session::{ChainPoint, Role, SuspendReason, VolumeState as CopyState};
 use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_replicator::control::{self, Answer, Handler, Request};
@@ -22,7 +22,8 @@ use twinfs_replicator::primary::activity_log::KeeperThread;
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
 use twinfs_replicator::primary::clock::Reading;
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica};
-use twinfs_replicator::primary::sidefile::{Capture, Start, StartVolume, Survivors};
+use twinfs_replicator::primary::sidefile::{Capture, LeftIntent, Start, Survivors};
+use twinfs_replicator::primary::start::{self, LastRun};
 use twinfs_replicator::primary::store::{self, MarkKeeper};
 use twinfs_replicator::site::{SiteDir, State, VolumeState, replace_durably};
 
@@ -249,46 +250,24 @@ impl Running {
         // What the log of a run like this names is dealt with once both sites have all that is stamped from here on.
         activity.log.settle_found(capture.now());
         match &last_run {
-            LastRun::Clean(_) => {}
             LastRun::Killed { survivors, .. } if !survivors.dropped => tracing::warn!(
                 updates = survivors.updates,
                 under_way = survivors.intents.len(),
                 "the last run was killed; what it captured is in the sidefile, and goes to the replica now"
             ),
-            LastRun::Killed { .. } => {
-                suspended = Some(SuspendReason::Link);
-                reason = Some(
-                    "the last run was killed while it was suspended: what changed is read again".to_owned(),
-                );
-            }
-            LastRun::Lost { .. } => {
-                activity.report();
-                suspended = Some(SuspendReason::Link);
-                reason = Some("power failed: what may differ between the sites is read again".to_owned());
-            }
+            LastRun::Lost { .. } => activity.report(),
+            LastRun::Clean(_) | LastRun::Killed { .. } => {}
+        }
+        if let Some(why) = last_run.why_suspended() {
+            (suspended, reason) = (Some(SuspendReason::Link), Some(why.to_owned()));
         }
         let mark = MarkKeeper::start(site.clone(), Arc::clone(&capture))?;
         let opened = open_mirrors(&state, &arguments.mirrored, &order, sources, &recorder)?;
-        let survivors = last_run.survivors();
-        let lost_after = last_run.lost_after();
-        let mut covered = false;
-        if let Some(why) = suspended {
-            covered = match &last_run {
-                LastRun::Clean(_) => take_up_changes(&site, &opened, &capture)?,
-                LastRun::Killed { .. } | LastRun::Lost { .. } => {
-                    note_activity(&activity, &opened, &capture, survivors);
-                    true
-                }
-            };
-            capture.suspend_again(why, covered);
+        let source = Source { site: &site, activity: &activity, opened: &opened };
+        let covered = start::take_up(&capture, &last_run, suspended, &source)?;
+        if suspended.is_some() {
             tracing::error!(reason, "the session is SUSPENDED: the mount works, but nothing is mirrored");
-        } else {
-            for left in survivors.iter().flat_map(|survivors| &survivors.intents) {
-                let mirror = &opened[left.volume.as_usize()].mirror;
-                mirror.recover(left).context("cannot read again what the last run had under way")?;
-            }
         }
-        capture.settle_left();
 
         let config = SenderConfig {
             session,
@@ -311,16 +290,8 @@ impl Running {
             incarnation: config.incarnation,
             level: arguments.level,
         };
-        let sender_volumes = sender_volumes(&site, &opened, survivors)?;
-        let mut sender = Sender::new(config, sender_volumes, capture.now());
-        if let Some(mark) = lost_after {
-            sender.cover(mark);
-        }
-        // If a resync can make it good, what was captured before the suspension goes to the replica first.
-        if let Some(reason) = suspended.filter(|reason| !(covered && is_passing(*reason))) {
-            sender.handle_let_go();
-            sender.suspend(reason);
-        }
+        let sender_volumes = sender_volumes(&site, &opened, last_run.survivors())?;
+        let mut sender = start::sender(config, sender_volumes, &capture, &last_run, suspended, covered);
 
         let layer = Arc::new(Layer {
             mirrors: opened.iter().map(|opened| Arc::clone(&opened.mirror)).collect(),
@@ -484,37 +455,27 @@ impl Running {
     }
 }
 
-/// Notes what may differ between the sites after a run that lost what it had captured.
-fn note_activity(activity: &Activity, opened: &[Opened], capture: &Capture, survivors: Option<&Survivors>) {
-    for (index, opened) in (0..).map(VolumeIndex).zip(opened) {
-        let mut map = activity.changes(&opened.mirror, index);
-        let left = survivors.iter().flat_map(|survivors| &survivors.intents);
-        for left in left.filter(|left| left.volume == index) {
-            let noted = left.note.into_iter().flat_map(|note| [note.first, note.second]).flatten();
-            let named = left.intent().files().into_iter().flatten();
-            named.chain(noted.map(|(file, _)| file)).for_each(|file| map.note_whole(file));
-        }
-        capture.merge_changes(index, map);
-    }
+/// What a run begins from, beside the sidefile.
+struct Source<'a> {
+    site: &'a SiteDir,
+    activity: &'a Activity,
+    opened: &'a [Opened],
 }
 
-/// Takes up what the last run noted while it was suspended. Returns whether that is all of it.
-fn take_up_changes(site: &SiteDir, opened: &[Opened], capture: &Capture) -> anyhow::Result<bool> {
-    let mut covered = true;
-    for (index, opened) in (0..).map(VolumeIndex).zip(opened) {
-        match copies::load_changes(site, &opened.state.name)? {
-            Some(map) => capture.merge_changes(index, map),
-            None => covered = false,
-        }
-    }
-    Ok(covered)
-}
+impl start::Source for Source<'_> {
+    type Error = anyhow::Error;
 
-/// Whether a session goes on by itself when a replica is there again.
-const fn is_passing(reason: SuspendReason) -> bool {
-    match reason {
-        SuspendReason::Link | SuspendReason::Lag | SuspendReason::Journal => true,
-        SuspendReason::Operator | SuspendReason::Error => false,
+    fn recover(&self, left: &LeftIntent) -> anyhow::Result<()> {
+        let mirror = &self.opened[left.volume.as_usize()].mirror;
+        mirror.recover(left).context("cannot read again what the last run had under way")
+    }
+
+    fn logged_changes(&self, volume: VolumeIndex) -> ChangeMap {
+        self.activity.changes(&self.opened[volume.as_usize()].mirror, volume)
+    }
+
+    fn kept_changes(&self, volume: VolumeIndex) -> anyhow::Result<Option<ChangeMap>> {
+        copies::load_changes(self.site, &self.opened[volume.as_usize()].state.name)
     }
 }
 
@@ -573,35 +534,6 @@ fn session_order(state: &State, mirrored: &[Mirrored]) -> Vec<usize> {
     known.iter().copied().chain(new).collect()
 }
 
-/// How the run before this one ended.
-enum LastRun {
-    /// It was stopped, or there was none.
-    Clean(Option<Survivors>),
-    /// Its process ended in some other way; the machine went on.
-    Killed { survivors: Survivors, mark: Timestamp },
-    /// The machine went down with it, and with what was in memory.
-    Lost { mark: Timestamp },
-}
-
-impl LastRun {
-    const fn survivors(&self) -> Option<&Survivors> {
-        match self {
-            Self::Clean(survivors) => survivors.as_ref(),
-            Self::Killed { survivors, .. } => Some(survivors),
-            Self::Lost { .. } => None,
-        }
-    }
-
-    /// If updates were lost, the instant that none of the run's stamps had reached.
-    const fn lost_after(&self) -> Option<Timestamp> {
-        match self {
-            Self::Killed { survivors, mark } if survivors.dropped => Some(*mark),
-            Self::Lost { mark } => Some(*mark),
-            Self::Clean(_) | Self::Killed { .. } => None,
-        }
-    }
-}
-
 /// Opens the sidefile that an earlier run left, or makes one.
 fn open_sidefile(
     site: &SiteDir,
@@ -610,16 +542,9 @@ fn open_sidefile(
     bytes: u64,
     volumes: usize,
 ) -> anyhow::Result<(Capture, LastRun)> {
-    let known = state.volumes.iter().map(|volume| StartVolume {
-        last_seq: volume.last_seq,
-        acked: acked_of(volume),
-        end: volume.acked_end,
-        complete: volume.complete,
-    });
-    let mut known: Vec<_> = known.collect();
-    known.resize(volumes, StartVolume::NEW);
+    let known = start::start_volumes(state, volumes);
     let mark = site.stamp_mark()?;
-    let limit = store::mark_after(mark);
+    let limit = store::mark_after(mark, Reading::now());
     site.save_stamp_mark(limit)?;
     let here = site.sidefile()?;
     for other in site.sidefiles()?.into_iter().filter(|path| *path != here) {
@@ -639,10 +564,6 @@ fn open_sidefile(
     // A sidefile knows the last timestamp; the mark lies ahead of it.
     let (capture, survivors) = Capture::open(&here, &start(if clean { mark } else { Timestamp::ZERO }))?;
     Ok((capture, if clean { LastRun::Clean(Some(survivors)) } else { LastRun::Killed { survivors, mark } }))
-}
-
-fn acked_of(volume: &VolumeState) -> ChainPoint {
-    ChainPoint { number: volume.acked_set, hash: volume.acked_hash, last_seq: volume.acked_seq }
 }
 
 fn open_mirrors(
@@ -716,31 +637,9 @@ fn sender_volumes(
         kept.entry(volume).or_default().push(set);
     }
     let volumes = opened.iter().enumerate().map(|(at, opened)| {
-        let state = &opened.state;
-        let mut volume = SenderVolume {
-            name: state.name.clone(),
-            instance: state.instance,
-            root: opened.root,
-            state: state.state,
-            complete: state.complete,
-            acked: acked_of(state),
-            acked_end: state.acked_end,
-            end: state.end,
-            issued: kept.remove(&state.name).unwrap_or_default(),
-            forgotten: Vec::new(),
-        };
-        // What the sidefile knows is newer, if the last run was killed.
-        if let Some(chain) = survivors.and_then(|survivors| survivors.volumes.get(at)) {
-            if chain.acked.number > volume.acked.number {
-                (volume.acked, volume.acked_end, volume.end) = (chain.acked, chain.end, chain.end);
-            }
-            volume.complete = volume.complete.or(chain.complete);
-            volume.issued.retain(|set| set.number > volume.acked.number);
-            let last = volume.issued.last().map_or(volume.acked.number, |set| set.number);
-            volume.forgotten =
-                chain.issued.iter().filter(|(point, _)| point.number > last).copied().collect();
-        }
-        volume
+        let issued = kept.remove(&opened.state.name).unwrap_or_default();
+        let chain = survivors.and_then(|survivors| survivors.volumes.get(at));
+        start::sender_volume(&opened.state, opened.root, issued, chain)
     });
     Ok(volumes.collect())
 }

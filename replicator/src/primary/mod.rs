@@ -7,6 +7,7 @@
 //! * [`engine`] – the session: it cuts, ships, and takes acknowledgements.
 //! * [`mover`] – the one thread that owns the engine.
 //! * `link` – keeps a connection to the replica, and carries bytes between it and the mover.
+//! * [`start`] – how a run takes up what the one before it left.
 //! * [`store`] – what is kept from run to run.
 
 pub mod activity_log;
@@ -16,4 +17,5 @@ pub mod engine;
 mod link;
 pub mod mover;
 pub mod sidefile;
+pub mod start;
 pub mod store;

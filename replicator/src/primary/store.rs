@@ -102,11 +102,11 @@ fn decode_sets(bytes: Bytes, path: &Path) -> Result<Vec<(VolumeName, IssuedSet<B
     Ok(sets)
 }
 
-/// The mark to make durable at the instant `now`: timestamps stay below it until the next one. Never before real time,
-/// so that a session clock that was held back by its mark catches up.
+/// The mark to make durable at the instant `now` of the session's clock: timestamps stay below it until the next one. Never
+/// before real time, so that a session clock that was held back by its mark catches up.
 #[must_use]
-pub fn mark_after(now: Timestamp) -> Timestamp {
-    Timestamp(now.0.max(Reading::now().real) + limits::STAMP_RESERVE_NS)
+pub fn mark_after(now: Timestamp, clocks: Reading) -> Timestamp {
+    Timestamp(now.0.max(clocks.real) + limits::STAMP_RESERVE_NS)
 }
 
 /// Raises the durable mark that timestamps stay below, ahead of their use, on a thread of its own: no write waits for it.
@@ -131,7 +131,7 @@ impl MarkKeeper {
             let mut stopped = stopped.lock().unwrap_or_else(PoisonError::into_inner);
             let period = Duration::from_nanos(limits::STAMP_RESERVE_NS / 4);
             while !*stopped {
-                let mark = mark_after(capture.now());
+                let mark = mark_after(capture.now(), Reading::now());
                 match site.save_stamp_mark(mark) {
                     Ok(()) => {
                         capture.raise_limit(mark);
