@@ -4,7 +4,11 @@
 //! passes the place of that name for the N-th time (the first by default). Nothing is flushed, closed or unmounted.
 //! The thread that comes there stands still for MS milliseconds first, while the others go on: what was shown or said
 //! too early gets the time to be seen. Without the variable a passage costs one atomic load.
+//!
+//! The simulator has no process to kill. It [observes](observe) passages instead.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -129,8 +133,42 @@ pub fn test_number(variable: &str) -> Option<u64> {
 /// Passes a place.
 #[inline]
 pub fn pass(point: FailPoint) {
-    if ARMED.load(Ordering::Acquire) == point as u8 + 1 {
-        last_passage(point);
+    match ARMED.load(Ordering::Acquire) {
+        0 => {}
+        OBSERVED => tell_observer(point),
+        armed if armed == point as u8 + 1 => last_passage(point),
+        _ => {}
+    }
+}
+
+/// Says that some thread observes passages, in place of a point to die at.
+const OBSERVED: u8 = u8::MAX;
+
+thread_local! {
+    static OBSERVER: RefCell<Option<Rc<dyn Fn(FailPoint)>>> = const { RefCell::new(None) };
+}
+
+/// Does some work, and has `observer` called for each place that this thread passes meanwhile. Nothing is observed in a
+/// process that is to kill itself.
+pub fn observe<T>(observer: Rc<dyn Fn(FailPoint)>, work: impl FnOnce() -> T) -> T {
+    /// Takes the observer away again, also if the work panics.
+    struct Restore(Option<Rc<dyn Fn(FailPoint)>>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            OBSERVER.set(self.0.take());
+        }
+    }
+    // If it is armed already, it stays so.
+    let _ = ARMED.compare_exchange(0, OBSERVED, Ordering::AcqRel, Ordering::Acquire);
+    let _restore = Restore(OBSERVER.replace(Some(observer)));
+    work()
+}
+
+#[cold]
+fn tell_observer(point: FailPoint) {
+    let observer = OBSERVER.with_borrow(Clone::clone);
+    if let Some(observer) = observer {
+        observer(point);
     }
 }
 

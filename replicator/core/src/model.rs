@@ -21,7 +21,7 @@ pub mod generate;
 mod listing;
 mod random;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub use self::listing::{ContentHasher, Entry, Listing};
 pub use self::random::Random;
@@ -250,6 +250,20 @@ impl Model {
         for (file, attr) in update.attrs.iter() {
             self.get(*file).attr = *attr;
         }
+    }
+
+    /// Forgets the objects without a name: nobody has one open any more.
+    pub fn drop_unnamed(&mut self) {
+        let mut named = BTreeSet::from([self.root]);
+        let mut open = vec![self.root];
+        while let Some(dir) = open.pop() {
+            for child in self.objects[&dir].names.values() {
+                if named.insert(*child) {
+                    open.push(*child);
+                }
+            }
+        }
+        self.objects.retain(|file, _| named.contains(file));
     }
 
     /// What stands in the tree, in a form that can be compared and read.

@@ -34,6 +34,22 @@ impl Reading {
     }
 }
 
+/// Where readings of the clocks come from: the system, or a simulation.
+pub trait TimeSource: std::fmt::Debug + Send + Sync {
+    /// Reads the clocks.
+    fn read(&self) -> Reading;
+}
+
+/// The system's clocks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemTime;
+
+impl TimeSource for SystemTime {
+    fn read(&self) -> Reading {
+        Reading::now()
+    }
+}
+
 /// Produces strictly rising timestamps.
 #[derive(Debug)]
 pub struct StampClock {

@@ -8,13 +8,28 @@ pub struct Power {
     state: Arc<Mutex<PowerState>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct PowerState {
     /// Operations that change something, so far.
     changes: u64,
     /// The change in the middle of which the power goes.
     cut_at: Option<u64>,
     off: bool,
+    on_cut: Option<OnCut>,
+}
+
+/// Called at the instant at which the power goes.
+type OnCut = Box<dyn FnOnce() + Send>;
+
+impl std::fmt::Debug for PowerState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { changes, cut_at, off, on_cut: _ } = self;
+        f.debug_struct("PowerState")
+            .field("changes", changes)
+            .field("cut_at", cut_at)
+            .field("off", off)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What becomes of a change.
@@ -33,6 +48,12 @@ impl Power {
     /// fails.
     pub fn cut_at(&self, change: u64) {
         self.lock().cut_at = Some(change);
+    }
+
+    /// Has something looked at, or kept, as it is at the instant at which the power goes: what runs on until it notices must
+    /// not change it any more.
+    pub fn on_cut(&self, look: Box<dyn FnOnce() + Send>) {
+        self.lock().on_cut = Some(look);
     }
 
     /// How many operations that change something were tried so far.
@@ -57,6 +78,11 @@ impl Power {
         state.changes += 1;
         if state.cut_at == Some(state.changes) {
             state.off = true;
+            let look = state.on_cut.take();
+            drop(state);
+            if let Some(look) = look {
+                look();
+            }
             return Pulse::Cut;
         }
         Pulse::On

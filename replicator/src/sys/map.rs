@@ -14,7 +14,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 /// Bytes of a word.
 pub const WORD: usize = 8;
 
-/// A `MAP_SHARED` mapping of a whole preallocated file. Its contents outlive the process.
+/// A `MAP_SHARED` mapping of a whole preallocated file, whose contents outlive the process; or memory of this process alone.
 #[derive(Debug)]
 pub struct SharedMap {
     base: NonNull<AtomicU64>,
@@ -45,6 +45,27 @@ impl SharedMap {
                 MapFlags::SHARED,
                 file,
                 0,
+            )?
+        };
+        let base = NonNull::new(base.cast::<AtomicU64>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, words: len / WORD })
+    }
+
+    /// Zeroed memory of this process alone, for tests and simulations.
+    ///
+    /// # Errors
+    /// Those of `mmap`; no bytes, or half a word, are `InvalidInput`.
+    pub fn anonymous(len: usize) -> io::Result<Self> {
+        if len == 0 || !len.is_multiple_of(WORD) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of this process.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
             )?
         };
         let base = NonNull::new(base.cast::<AtomicU64>()).ok_or(io::ErrorKind::OutOfMemory)?;

@@ -103,6 +103,14 @@ impl Generator {
         &self.model
     }
 
+    /// Goes on from another tree: the machine crashed, and this is what was left. Programs have no file open any more.
+    pub fn go_on_from(&mut self, model: Model) {
+        self.model = model;
+        self.orphans.clear();
+        self.free.clear();
+        self.made.clear();
+    }
+
     /// The stamp of the last update.
     #[must_use]
     pub fn last_stamp(&self) -> Stamp {

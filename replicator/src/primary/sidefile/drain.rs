@@ -11,7 +11,6 @@ use twinfs_core::stamp::{Seq, Timestamp};
 
 use super::layout::{self, FREE, INTENT, PUBLISHED, SlotState, VolumeWords, W_LAST_TIME};
 use super::{Capture, Captured, Cut, lock};
-use crate::primary::clock::Reading;
 use crate::sys::map::WORD;
 
 impl Capture {
@@ -54,7 +53,7 @@ impl Capture {
             (Some(last), _) if !emptied => last.stamp.time,
             (_, Some(closed)) => closed,
             // Under this lock nothing is being published, so whatever comes is stamped later than this.
-            (_, None) => publish.clock.tick(Reading::now()),
+            (_, None) => publish.clock.tick(self.time.read()),
         };
         // A cut by size ends before what is published already.
         self.map.words()[W_LAST_TIME].fetch_max(end.0, Ordering::Relaxed);
@@ -69,7 +68,7 @@ impl Capture {
             is_idle[captured.volume.as_usize()] = false;
         }
         // As for a cut: whatever comes is stamped later.
-        let end = publish.closed.unwrap_or_else(|| publish.clock.tick(Reading::now()));
+        let end = publish.closed.unwrap_or_else(|| publish.clock.tick(self.time.read()));
         self.map.words()[W_LAST_TIME].store(publish.clock.last().0, Ordering::Relaxed);
         let idle = (0..).map(VolumeIndex).zip(is_idle).filter(|(_, is_idle)| *is_idle);
         (end, idle.map(|(volume, _)| volume).collect())

@@ -32,6 +32,7 @@
 
 mod drain;
 mod layout;
+mod memory;
 mod reserve;
 mod resume;
 mod survivors;
@@ -42,7 +43,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
@@ -59,7 +60,7 @@ use self::layout::{
 pub use self::reserve::{Reservation, Wanted};
 pub use self::resume::NotHeld;
 pub use self::survivors::{LeftIntent, SurvivingChain, Survivors};
-use super::clock::{Reading, StampClock};
+use super::clock::{StampClock, SystemTime, TimeSource};
 use crate::sys::map::{SharedMap, WORD};
 
 /// Why a sidefile cannot be used.
@@ -126,6 +127,7 @@ enum Mode {
 pub struct Capture {
     path: PathBuf,
     map: SharedMap,
+    time: Arc<dyn TimeSource>,
     slots: usize,
     ring_at: usize,
     ring_bytes: usize,
@@ -259,8 +261,6 @@ impl Capture {
         let fail = |source| SidefileError::Io { path: path.to_owned(), source };
         let size = usize::try_from(bytes).ok().filter(|_| bytes >= bytes_min());
         let size = size.ok_or(SidefileError::Size { bytes })?.next_multiple_of(PAGE_BYTES);
-        let slots = (size - HEADER_BYTES) / (RING_BYTES_PER_SLOT + SLOT_BYTES);
-        let ring_bytes = size - HEADER_BYTES - slots * SLOT_BYTES;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -275,20 +275,8 @@ impl Capture {
             drop(std::fs::remove_file(path));
             fail(source)
         })?;
-        let words = map.words();
-        let (session_a, session_b) = session_words(start.session);
-        words[W_VERSION].store(VERSION, Ordering::Relaxed);
-        words[W_SESSION].store(session_a, Ordering::Relaxed);
-        words[W_SESSION + 1].store(session_b, Ordering::Relaxed);
-        words[W_SLOTS].store(slots as u64, Ordering::Relaxed);
-        words[W_RING].store(ring_bytes as u64, Ordering::Relaxed);
-        for (at, volume) in start.volumes.iter().enumerate() {
-            let words = VolumeWords::of(&map, at);
-            words.set_acked(volume.acked, volume.end);
-            words.set_complete(volume.complete);
-        }
-        words[W_MAGIC].store(MAGIC, Ordering::Release);
-        Self::over(path, map, start)
+        Self::format(&map, start);
+        Self::over(path, map, Arc::new(SystemTime), start)
     }
 
     /// Opens the sidefile of an earlier run and takes over what was published and not released. What it knows of its
@@ -300,7 +288,36 @@ impl Capture {
         let fail = |source| SidefileError::Io { path: path.to_owned(), source };
         let file = File::options().read(true).write(true).open(path).map_err(fail)?;
         let map = SharedMap::new(&file).map_err(fail)?;
-        let capture = Self::over(path, map, start)?;
+        Self::reopen(path, map, Arc::new(SystemTime), start)
+    }
+
+    /// Writes the header of a new sidefile.
+    fn format(map: &SharedMap, start: &Start<'_>) {
+        let size = map.words().len() * WORD;
+        let slots = (size - HEADER_BYTES) / (RING_BYTES_PER_SLOT + SLOT_BYTES);
+        let ring_bytes = size - HEADER_BYTES - slots * SLOT_BYTES;
+        let words = map.words();
+        let (session_a, session_b) = session_words(start.session);
+        words[W_VERSION].store(VERSION, Ordering::Relaxed);
+        words[W_SESSION].store(session_a, Ordering::Relaxed);
+        words[W_SESSION + 1].store(session_b, Ordering::Relaxed);
+        words[W_SLOTS].store(slots as u64, Ordering::Relaxed);
+        words[W_RING].store(ring_bytes as u64, Ordering::Relaxed);
+        for (at, volume) in start.volumes.iter().enumerate() {
+            let words = VolumeWords::of(map, at);
+            words.set_acked(volume.acked, volume.end);
+            words.set_complete(volume.complete);
+        }
+        words[W_MAGIC].store(MAGIC, Ordering::Release);
+    }
+
+    fn reopen(
+        path: &Path,
+        map: SharedMap,
+        time: Arc<dyn TimeSource>,
+        start: &Start<'_>,
+    ) -> Result<(Self, Survivors), SidefileError> {
+        let capture = Self::over(path, map, time, start)?;
         for (at, volume) in start.volumes.iter().enumerate() {
             let words = VolumeWords::of(&capture.map, at);
             if words.acked().0.number < volume.acked.number {
@@ -314,7 +331,12 @@ impl Capture {
         Ok((capture, survivors))
     }
 
-    fn over(path: &Path, map: SharedMap, start: &Start<'_>) -> Result<Self, SidefileError> {
+    fn over(
+        path: &Path,
+        map: SharedMap,
+        time: Arc<dyn TimeSource>,
+        start: &Start<'_>,
+    ) -> Result<Self, SidefileError> {
         let damaged = |what| SidefileError::Damaged { path: path.to_owned(), what };
         let words = map.words();
         let word = |at: usize| words.get(at).map_or(0, |word| word.load(Ordering::Acquire));
@@ -363,7 +385,7 @@ impl Capture {
             }),
             room: Condvar::new(),
             publish: Mutex::new(Publish {
-                clock: StampClock::new(Reading::now(), floor, start.limit),
+                clock: StampClock::new(time.read(), floor, start.limit),
                 last_seq,
                 queue: VecDeque::new(),
                 queued_bytes: 0,
@@ -375,6 +397,7 @@ impl Capture {
             link_up: AtomicBool::new(false),
             changes: resume::Changes::new(start.volumes.len()),
             map,
+            time,
         })
     }
 
@@ -451,7 +474,7 @@ impl Capture {
 
     /// The timestamp and time now, on the session's clock, without advancing past `limit`.
     pub fn now(&self) -> Timestamp {
-        lock(&self.publish).clock.tick(Reading::now())
+        lock(&self.publish).clock.tick(self.time.read())
     }
 
     /// The last sequence number of each volume.

@@ -15,7 +15,6 @@ use super::layout::{
 };
 use super::{Capture, Captured, Mode, Overflow, Refused, Ring, lock};
 use crate::failpoint::{self, FailPoint};
-use crate::primary::clock::Reading;
 use crate::sys::map::WORD;
 
 /// One of several updates that an operation will publish.
@@ -294,7 +293,7 @@ impl Reservation<'_> {
             return None;
         }
         let seq = publish.last_seq[self.volume.as_usize()].next();
-        let stamp = Stamp { time: publish.clock.tick(Reading::now()), seq };
+        let stamp = Stamp { time: publish.clock.tick(capture.time.read()), seq };
         publish.last_seq[self.volume.as_usize()] = seq;
         let header = &capture.map.words()[room.at / WORD..];
         header[1].store(stamp.time.0.to_le(), Ordering::Relaxed);
