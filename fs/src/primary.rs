@@ -13,6 +13,7 @@ use twinfs_core::change_map::ChangeMap;
 use twinfs_core::id::{
     Epoch, FileId, Incarnation, SessionId, SiteName, VolumeIndex, VolumeInstance, VolumeName,
 };
+use twinfs_core::limits;
 use twinfs_core::session::sender::{IssuedSet, SenderConfig, SenderVolume};
 use twinfs_core::session::{ChainPoint, Role, SuspendReason, VolumeState as CopyState};
 use twinfs_core::stamp::{Seq, Timestamp};
@@ -22,7 +23,7 @@ use twinfs_replicator::primary::activity_log::KeeperThread;
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
 use twinfs_replicator::primary::clock::Reading;
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica};
-use twinfs_replicator::primary::sidefile::{Capture, LeftIntent, Start, Survivors};
+use twinfs_replicator::primary::sidefile::{Capture, LeftIntent, Overflow, SitePart, Start, Survivors};
 use twinfs_replicator::primary::start::{self, LastRun};
 use twinfs_replicator::primary::store::{self, MarkKeeper};
 use twinfs_replicator::site::{SiteDir, State, VolumeState, replace_durably};
@@ -340,7 +341,7 @@ impl Running {
             epoch,
             reason,
             examining: stopped_at.is_some(),
-            on_fenced: remember_fence(site.clone(), Arc::clone(&state)),
+            on_fenced: remember_fence(site.clone(), Arc::clone(&state), Arc::clone(&capture)),
         })?;
 
         let mut mounts = Vec::new();
@@ -373,7 +374,9 @@ impl Running {
         })
     }
 
-    /// Ends cleanly: everything captured is kept, nothing stays mounted.
+    /// Ends cleanly: everything captured is kept, nothing stays mounted. If something cannot be written, the control file does
+    /// not say that the end was clean, and the next start takes it for a kill: what was captured is in the sidefile, what
+    /// was not in the activity log.
     fn stop(mut self) -> anyhow::Result<()> {
         let mut failed = self.mounts.unmount_idle();
         drop(self.scan.take());
@@ -428,7 +431,12 @@ impl Running {
             volume.end = kept.end;
             volume.last_seq = last_seq;
         }
-        state.suspended = sender.suspended().or(self.capture.fill().suspended.then_some(SuspendReason::Lag));
+        let fill = self.capture.fill();
+        state.suspended = sender.suspended().or(fill.suspended.then_some(SuspendReason::Lag));
+        if fill.overflow == Some(Overflow::Site) {
+            // That passes: where this can be written, the rest can be again.
+            state.suspended = Some(SuspendReason::Link);
+        }
         if kept.iter().any(|volume| volume.state == CopyState::Resync) {
             state.suspended = state.suspended.or(Some(SuspendReason::Link));
         }
@@ -479,12 +487,38 @@ impl start::Source for Source<'_> {
     }
 }
 
-fn remember_fence(site: SiteDir, state: Arc<Mutex<State>>) -> Box<dyn Fn(Epoch) + Send> {
+/// Makes durable that another site is the primary; again and again, if it cannot be written. (A start that does not know
+/// of it is told by the other site, but lets programs write until then.)
+fn remember_fence(
+    site: SiteDir,
+    state: Arc<Mutex<State>>,
+    capture: Arc<Capture>,
+) -> Box<dyn Fn(Epoch) + Send> {
+    let known = Arc::clone(&state);
+    let save = move || {
+        let state = known.lock().unwrap_or_else(PoisonError::into_inner);
+        let saved = site.save_state(&state);
+        let trouble = saved.as_ref().err().map(|error| format!("{error}: a new start would not know that"));
+        capture.set_trouble(SitePart::State, trouble);
+        saved.is_ok()
+    };
     Box::new(move |epoch| {
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        (state.role, state.epoch) = (Role::Fenced, epoch);
-        if let Err(error) = site.save_state(&state) {
-            tracing::error!(%error, "cannot remember that this site is FENCED");
+        {
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            (state.role, state.epoch) = (Role::Fenced, epoch);
+        }
+        if save() {
+            return;
+        }
+        tracing::error!("cannot remember that this site is FENCED; trying again");
+        let save = save.clone();
+        let again = move || {
+            while !save() {
+                std::thread::sleep(Duration::from_nanos(limits::SITE_AGAIN_NS));
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("fence".into()).spawn(again) {
+            tracing::error!(%error, "there is no thread to try again");
         }
     })
 }

@@ -6,7 +6,7 @@ use twinfs_core::id::{FileId, VolumeIndex};
 use twinfs_core::stamp::Stamp;
 use twinfs_core::update::{AttrList, Intent, Note, Op};
 use twinfs_replicator::primary::activity_log::ActivityLog;
-use twinfs_replicator::primary::sidefile::{Capture, Refused, Reservation, Wanted};
+use twinfs_replicator::primary::sidefile::{Capture, Overflow, Refused, Reservation, Wanted};
 
 /// Takes the updates of a mirror: the sidefile in production, a list in tests.
 pub trait Recorder: Send + Sync + 'static {
@@ -121,7 +121,7 @@ impl Recorder for Logged {
     fn log_durably(&self, volume: VolumeIndex, file: FileId) {
         // Programs get errors of their own directory only: what the log cannot take suspends the session.
         if self.log.flush_file(volume, file).is_err() {
-            self.capture.suspend();
+            self.capture.suspend_while(Overflow::Site);
         }
     }
 }
@@ -145,7 +145,8 @@ impl Pending for LoggedPending<'_> {
         // Held until the update has its stamp: see `Touched`.
         let touched = log.touch(volume, files);
         if touched.is_err() {
-            capture.suspend();
+            // Before it is published, so that it is noted in the change map instead.
+            capture.suspend_while(Overflow::Site);
         }
         reservation.publish(op, attrs, data)
     }

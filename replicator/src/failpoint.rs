@@ -144,15 +144,18 @@ pub fn pass(point: FailPoint) {
 /// Says that some thread observes passages, in place of a point to die at.
 const OBSERVED: u8 = u8::MAX;
 
+/// What is called for each passage.
+pub type Observer = Rc<dyn Fn(FailPoint)>;
+
 thread_local! {
-    static OBSERVER: RefCell<Option<Rc<dyn Fn(FailPoint)>>> = const { RefCell::new(None) };
+    static OBSERVER: RefCell<Option<Observer>> = const { RefCell::new(None) };
 }
 
 /// Does some work, and has `observer` called for each place that this thread passes meanwhile. Nothing is observed in a
 /// process that is to kill itself.
-pub fn observe<T>(observer: Rc<dyn Fn(FailPoint)>, work: impl FnOnce() -> T) -> T {
+pub fn observe<T>(observer: Observer, work: impl FnOnce() -> T) -> T {
     /// Takes the observer away again, also if the work panics.
-    struct Restore(Option<Rc<dyn Fn(FailPoint)>>);
+    struct Restore(Option<Observer>);
     impl Drop for Restore {
         fn drop(&mut self) {
             OBSERVER.set(self.0.take());

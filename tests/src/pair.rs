@@ -32,6 +32,8 @@ pub struct Setup {
     pub root: Option<PathBuf>,
     /// Where the sources and the primary's site directory stand; at the root if `None`.
     pub primary_dir: Option<PathBuf>,
+    /// Where the primary's site directory stands; beside the sources if `None`.
+    pub primary_site: Option<PathBuf>,
     /// Where the replica's site directory stands; below the root if `None`.
     pub replica_site: Option<PathBuf>,
     /// Mount over the sources themselves.
@@ -130,8 +132,9 @@ impl Pair {
     /// A site directory.
     #[must_use]
     pub fn site(&self, name: &str) -> PathBuf {
-        match &self.setup.replica_site {
-            Some(path) if name == "chi" => path.clone(),
+        match (&self.setup.primary_site, &self.setup.replica_site) {
+            (Some(path), _) if name == "nyc" => path.clone(),
+            (_, Some(path)) if name == "chi" => path.clone(),
             _ if name == "nyc" => self.primary_dir().join("nyc.site"),
             _ => self.root.join(format!("{name}.site")),
         }

@@ -98,6 +98,10 @@ pub const DEAD_MOUNTS_MAX: usize = 8;
 
 /// How far ahead timestamps are reserved on disk, in nanoseconds.
 pub const STAMP_RESERVE_NS: u64 = 10_000_000_000;
+/// Of these, the last ones, in which time does not go on but by the updates that are stamped.
+pub const STAMP_CREEP_NS: u64 = 100_000_000;
+/// How soon a write in the site directory that failed is tried again, in nanoseconds.
+pub const SITE_AGAIN_NS: u64 = 1_000_000_000;
 
 /// Bytes of a frame's entry in the frame table of a record set.
 pub const SET_FRAME_ENTRY_BYTES: usize = 36;
@@ -193,6 +197,8 @@ pub const HOLDERS_MAX: usize = 64;
 
 // The relations that the bounds above must keep.
 const _: () = {
+    // A mark that cannot be raised is tried again a few times before time runs out.
+    assert!(STAMP_RESERVE_NS / 4 > 2 * SITE_AGAIN_NS && STAMP_RESERVE_NS / 4 > STAMP_CREEP_NS);
     assert!(UPDATE_META_BYTES_MAX >= 2 * NAME_BYTES_MAX + SYMLINK_BYTES_MAX + XATTR_VALUE_BYTES_MAX);
     assert!(SET_RAW_BYTES_TARGET + UPDATE_META_BYTES_MAX + WRITE_BYTES_MAX <= SET_META_BYTES_MAX);
     assert!(SET_RAW_BYTES_TARGET + WRITE_BYTES_MAX <= SET_DATA_BYTES_MAX);

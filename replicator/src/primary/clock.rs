@@ -4,6 +4,7 @@
 //! a year, reorders nothing. A high-water mark, made durable ahead of use, keeps stamps rising over reboots.
 
 use rustix::time::{ClockId, clock_gettime};
+use twinfs_core::limits;
 use twinfs_core::stamp::Timestamp;
 
 /// Largest correction towards real time, in nanoseconds per second.
@@ -82,7 +83,14 @@ impl StampClock {
         self.limit
     }
 
-    /// The next timestamp, above every one before.
+    /// The timestamp for an update, above every one before and below the limit; `None` if the limit leaves none.
+    pub fn stamp(&mut self, now: Reading) -> Option<Timestamp> {
+        let before = self.last;
+        let stamp = self.tick(now);
+        (stamp > before).then_some(stamp)
+    }
+
+    /// The time now: above every timestamp given before, unless the limit leaves none; then it stands still.
     pub fn tick(&mut self, now: Reading) -> Timestamp {
         let estimate = self.estimate(now);
         if now.boot.saturating_sub(self.anchor.boot) >= SLEW_PERIOD_NS {
@@ -94,10 +102,17 @@ impl StampClock {
                 behind.clamp(-SLEW_NS_PER_S_MAX, SLEW_NS_PER_S_MAX)
             };
         }
-        // At the limit time stands still (but for its last digit) until the mark is durable.
-        let capped = estimate.min(self.limit.0.saturating_sub(1));
-        self.last = Timestamp(capped.max(self.last.0 + 1));
+        // Short of the limit time stands still, but for its last digits, until the mark is durable.
+        let capped = estimate.min(self.limit.0.saturating_sub(limits::STAMP_CREEP_NS));
+        let next = capped.max(self.last.0 + 1).min(self.limit.0.saturating_sub(1));
+        self.last = self.last.max(Timestamp(next));
         self.last
+    }
+
+    /// How far time can go on before the limit holds it back, in nanoseconds.
+    #[must_use]
+    pub fn ahead_ns(&self) -> u64 {
+        self.limit.0.saturating_sub(limits::STAMP_CREEP_NS).saturating_sub(self.last.0)
     }
 
     /// The last timestamp given.
@@ -150,7 +165,23 @@ mod tests {
         assert!(clock.tick(Reading { boot: 1, real: S }) > Timestamp(50 * S));
         let late = clock.tick(Reading { boot: 20 * S, real: 21 * S });
         assert!(late < Timestamp(51 * S));
+        assert_eq!(clock.ahead_ns(), 0);
         clock.raise_limit(FAR);
         assert!(clock.tick(Reading { boot: 21 * S, real: 22 * S }) > Timestamp(51 * S));
+    }
+
+    #[test]
+    fn at_the_limit_there_is_no_stamp_and_never_one_beyond() {
+        let limit = Timestamp(50 * S + 3);
+        let mut clock = StampClock::new(Reading { boot: 0, real: S }, Timestamp(50 * S), limit);
+        let late = Reading { boot: 20 * S, real: 21 * S };
+        assert_eq!(clock.stamp(late), Some(Timestamp(50 * S + 1)));
+        assert_eq!(clock.tick(late), Timestamp(50 * S + 2));
+        for _ in 0..3 {
+            assert_eq!(clock.stamp(late), None);
+            assert_eq!(clock.tick(late), Timestamp(50 * S + 2));
+        }
+        clock.raise_limit(Timestamp(60 * S));
+        assert!(clock.stamp(late).is_some_and(|stamp| stamp > limit && stamp < Timestamp(60 * S)));
     }
 }

@@ -2,7 +2,6 @@
 //! stay below.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -16,7 +15,7 @@ use twinfs_core::stamp::{Stamp, Timestamp};
 use twinfs_core::update::{Op, Update};
 
 use super::clock::Reading;
-use super::sidefile::Capture;
+use super::sidefile::{Capture, Overflow, SitePart};
 use crate::site::{SiteDir, SiteError, replace_durably};
 
 /// Why the sets of the last run cannot be sent again.
@@ -110,10 +109,13 @@ pub fn mark_after(now: Timestamp, clocks: Reading) -> Timestamp {
 }
 
 /// Raises the durable mark that timestamps stay below, ahead of their use, on a thread of its own: no write waits for it.
+///
+/// If it cannot be raised, that is said, and tried again. Before it is reached the session is suspended: no update is
+/// stamped any more, and programs go on. If the write does not even come back, the sidefile finds the mark reached and does
+/// the same.
 #[derive(Debug)]
 pub struct MarkKeeper {
     stop: Arc<(Mutex<bool>, Condvar)>,
-    failed: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -124,35 +126,41 @@ impl MarkKeeper {
     /// If no thread can be started.
     pub fn start(site: SiteDir, capture: Arc<Capture>) -> std::io::Result<Self> {
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
-        let failed = Arc::new(AtomicBool::new(false));
-        let (stopping, failing) = (Arc::clone(&stop), Arc::clone(&failed));
+        let stopping = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("stamp-mark".into()).spawn(move || {
             let (stopped, wake) = &*stopping;
             let mut stopped = stopped.lock().unwrap_or_else(PoisonError::into_inner);
-            let period = Duration::from_nanos(limits::STAMP_RESERVE_NS / 4);
             while !*stopped {
-                let mark = mark_after(capture.now(), Reading::now());
-                match site.save_stamp_mark(mark) {
-                    Ok(()) => {
-                        capture.raise_limit(mark);
-                        failing.store(false, Ordering::Relaxed);
-                    }
-                    Err(error) => {
-                        if !failing.swap(true, Ordering::Relaxed) {
-                            tracing::error!(%error, "timestamps stand still until the mark can be written");
-                        }
-                    }
-                }
-                stopped = wake.wait_timeout(stopped, period).unwrap_or_else(PoisonError::into_inner).0;
+                let pause = Duration::from_nanos(raise_mark(&capture, |mark| site.save_stamp_mark(mark)));
+                stopped = wake.wait_timeout(stopped, pause).unwrap_or_else(PoisonError::into_inner).0;
             }
         })?;
-        Ok(Self { stop, failed, thread: Some(thread) })
+        Ok(Self { stop, thread: Some(thread) })
     }
+}
 
-    /// Whether the mark cannot be written at present.
-    #[must_use]
-    pub fn has_failed(&self) -> bool {
-        self.failed.load(Ordering::Relaxed)
+/// Raises the mark once, by `save`, or suspends the session if it is near. Returns after how many nanoseconds it has to be
+/// raised again.
+fn raise_mark(capture: &Capture, save: impl FnOnce(Timestamp) -> Result<(), SiteError>) -> u64 {
+    let mark = mark_after(capture.now(), Reading::now());
+    match save(mark) {
+        Ok(()) => {
+            capture.raise_limit(mark);
+            capture.set_trouble(SitePart::StampMark, None);
+            limits::STAMP_RESERVE_NS / 4
+        }
+        Err(error) => {
+            if capture.trouble().is_none() {
+                tracing::error!(%error, "the mark that timestamps stay below cannot be raised");
+            }
+            let until = if error.is_no_space() { "there is room" } else { "it can be written" };
+            let why = format!("{error}; mirroring goes on when {until}");
+            capture.set_trouble(SitePart::StampMark, Some(why));
+            if capture.stamps_ahead_ns() < limits::STAMP_RESERVE_NS / 2 {
+                capture.suspend_while(Overflow::Site);
+            }
+            limits::SITE_AGAIN_NS
+        }
     }
 }
 
@@ -176,6 +184,7 @@ mod tests {
     use twinfs_core::update::{AttrList, sample_file};
 
     use super::*;
+    use crate::primary::sidefile::{self, Start, StartVolume};
 
     fn issued(number: u64) -> IssuedSet<Bytes> {
         let stamp = Stamp { time: Timestamp(number), seq: Seq(number) };
@@ -233,5 +242,41 @@ mod tests {
             assert!(refused(damaged), "byte {at}");
             assert!(refused(good[..at].to_vec()), "cut at {at}");
         }
+    }
+
+    /// The session is suspended before the mark is reached, and goes on being told what is wrong until it can be raised.
+    #[test]
+    fn a_mark_that_cannot_be_raised_suspends_before_it_is_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let now = Timestamp(Reading::now().real);
+        let start = |limit| Start {
+            session: SessionId::from_bytes([3; 16]),
+            volumes: &[StartVolume::NEW],
+            floor: now,
+            limit,
+        };
+        let full = |_| {
+            let source = std::io::ErrorKind::StorageFull.into();
+            Err(SiteError::Io { action: "write", path: "stamp-mark".into(), source })
+        };
+        let far = Capture::create(
+            &dir.path().join("far"),
+            sidefile::bytes_min(),
+            &start(mark_after(now, Reading::now())),
+        )
+        .unwrap();
+        assert_eq!(raise_mark(&far, full), limits::SITE_AGAIN_NS);
+        assert!(!far.fill().suspended, "there is time to try again");
+        assert!(
+            far.trouble().is_some_and(|why| why.contains("stamp-mark") && why.contains("when there is room"))
+        );
+        assert_eq!(raise_mark(&far, |_| Ok(())), limits::STAMP_RESERVE_NS / 4);
+        assert_eq!(far.trouble(), None);
+
+        let near = Timestamp(now.0 + limits::STAMP_RESERVE_NS / 2);
+        let near = Capture::create(&dir.path().join("near"), sidefile::bytes_min(), &start(near)).unwrap();
+        raise_mark(&near, full);
+        assert_eq!(near.fill().overflow, Some(Overflow::Site));
+        assert!(near.stamps_ahead_ns() > 0, "it is not reached");
     }
 }

@@ -157,7 +157,18 @@ impl StorageError {
     pub fn into_io(self) -> std::io::Error {
         match self {
             Self::Io { errno, .. } => errno.into(),
+            Self::NoSpace { .. } => std::io::Error::new(std::io::ErrorKind::StorageFull, self),
             other => std::io::Error::other(other),
+        }
+    }
+
+    /// What the user is told of it: the cause alone, and when it is gone.
+    #[must_use]
+    pub fn cause(&self) -> (String, &'static str) {
+        match self {
+            Self::NoSpace { .. } => ("no space left on device".to_owned(), "there is room"),
+            Self::Io { errno, .. } => (errno.to_string(), "it can be written again"),
+            other => (other.to_string(), "it can be written again"),
         }
     }
 

@@ -6,7 +6,7 @@ use twinfs_core::stamp::Timestamp;
 use twinfs_replicator::primary::activity_log::{ActivityError, ActivityLog, EraId, Found};
 use twinfs_replicator::storage::{Fault, Operation, SimStorage};
 
-use super::{Name, Random, name, open, touch};
+use super::{Name, Random, era_files, name, open, touch};
 
 /// An era as a test remembers it. The first one of a run is what that run found.
 #[derive(Debug, Clone, Default)]
@@ -219,6 +219,71 @@ fn a_log_that_failed_can_begin_anew() {
     log.release(ended).unwrap();
     let found = super::found(&disk.crash(0));
     assert_eq!((found.files, found.everything), (vec![name(4)], false));
+}
+
+/// A full disk takes neither bytes nor new files, but it takes the mark; and whoever was told that the log has failed finds
+/// it there.
+#[test]
+fn a_full_disk_takes_the_mark_of_a_failure() {
+    for errno in [rustix::io::Errno::NOSPC, rustix::io::Errno::DQUOT] {
+        let disk = SimStorage::new(1);
+        let (log, _) = open(&disk).unwrap();
+        touch(&log, &[name(1)]).unwrap();
+        for _ in 0..50 {
+            disk.inject(Fault { operation: Operation::Write, after: 0, errno });
+            disk.inject(Fault { operation: Operation::Create, after: 0, errno });
+        }
+        let failed = log.flush_file(name(1).0, name(1).1).unwrap_err();
+        assert!(failed.trouble().contains("no space left on device"), "{}", failed.trouble());
+        for seed in 0..4 {
+            assert!(super::found(&disk.crash(seed)).everything, "{errno}");
+        }
+    }
+}
+
+/// The mark is tried again before an fsync returns, until the disk takes it.
+#[test]
+fn an_fsync_after_a_failure_waits_for_the_mark() {
+    let disk = SimStorage::new(1);
+    let (log, _) = open(&disk).unwrap();
+    touch(&log, &[name(1)]).unwrap();
+    disk.inject(Fault { operation: Operation::Write, after: 0, errno: rustix::io::Errno::IO });
+    disk.inject(Fault { operation: Operation::Rename, after: 0, errno: rustix::io::Errno::IO });
+    log.flush().unwrap_err();
+    assert!(!super::found(&disk.crash(0)).everything, "the disk did not take the mark");
+    log.flush_file(name(2).0, name(2).1).unwrap_err();
+    assert!(super::found(&disk.crash(0)).everything);
+}
+
+/// However often it fails and begins anew, and wherever the power goes meanwhile: everything has to be compared, until the
+/// era goes that says so; and the log does not grow.
+#[test]
+fn a_power_loss_while_it_begins_anew_is_covered() {
+    for cut_at in 1.. {
+        let disk = SimStorage::new(cut_at);
+        let (log, _) = open(&disk).unwrap();
+        touch(&log, &[name(1)]).unwrap();
+        let before = era_files(&disk).len();
+        for round in 0..5 {
+            disk.inject(Fault { operation: Operation::SyncData, after: 0, errno: rustix::io::Errno::IO });
+            log.flush().unwrap_err();
+            log.recover(&|| Timestamp(10 + round)).unwrap();
+            touch(&log, &[name(2 + round)]).unwrap();
+            log.end_era(&|| Timestamp(10 + round)).unwrap();
+            touch(&log, &[name(20 + round)]).unwrap();
+        }
+        assert!(era_files(&disk).len() <= before + 2, "{:?}", era_files(&disk));
+        disk.inject(Fault { operation: Operation::Write, after: 0, errno: rustix::io::Errno::NOSPC });
+        log.flush().unwrap_err();
+        disk.cut_power_at(cut_at);
+        let ended = log.recover(&|| Timestamp(50)).is_ok();
+        for seed in 0..4 {
+            assert!(super::found(&disk.crash(seed)).everything, "cut at {cut_at}, seed {seed}");
+        }
+        if ended && cut_at > 20 {
+            return;
+        }
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use twinfs_core::stamp::Timestamp;
 use twinfs_replicator::primary::activity_log::{ACTIVITY_MAGIC, ActivityError, ActivityLog};
 use twinfs_replicator::storage::{SimStorage, Storage};
 
-use super::{Name, config, found, names, open, set, touch};
+use super::{Name, config, era_files, found, names, open, set, touch};
 
 /// Two eras: three batches, one of two sectors, and one batch. The second era's file has no room taken ahead, as if the
 /// file system could not do that.
@@ -20,7 +20,7 @@ fn sample() -> (SimStorage, Vec<Name>) {
     touch(&log, &names(20..40)).unwrap();
     log.flush().unwrap();
     // Most of a file is room taken ahead; a flip there is like another.
-    for file in disk.list().unwrap() {
+    for file in era_files(&disk) {
         let mut bytes = disk.bytes(&file).unwrap();
         let used = bytes.len() - bytes.iter().rev().take_while(|byte| **byte == 0).count();
         bytes.truncate(used.next_multiple_of(4096) + 512);
@@ -34,7 +34,7 @@ fn no_flipped_bit_hides_an_entry() {
     let (disk, all) = sample();
     let whole = found(&disk.crash(0));
     assert_eq!((whole.files.len(), whole.everything, whole.since), (all.len(), false, Timestamp(1000)));
-    let files = disk.list().unwrap();
+    let files = era_files(&disk);
     assert_eq!(files.len(), 2);
     for file in files {
         let bytes = disk.bytes(&file).unwrap();
@@ -53,7 +53,7 @@ fn no_flipped_bit_hides_an_entry() {
 #[test]
 fn what_is_missing_in_the_middle_or_out_of_place_is_noticed() {
     let (disk, _) = sample();
-    let file = disk.list().unwrap().remove(0);
+    let file = era_files(&disk).remove(0);
     let bytes = disk.bytes(&file).unwrap();
     let damaged = |change: &dyn Fn(&mut Vec<u8>)| {
         let image = disk.crash(0);

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use twinfs_core::stamp::Timestamp;
 use twinfs_core::update::sample_file;
 use twinfs_replicator::primary::activity_log::{ActivityConfig, ActivityLog, Keeper, KeeperParts};
-use twinfs_replicator::storage::{RealStorage, SimStorage, Storage};
+use twinfs_replicator::storage::{Fault, Operation, RealStorage, SimStorage, Storage};
 
-use super::{SESSION, V, config, found, name, names, open, open_with, set, touch};
+use super::{SESSION, V, config, era_files, found, name, names, open, open_with, set, touch};
 
 /// A keeper whose world the test moves.
 struct World {
@@ -69,7 +69,7 @@ impl World {
 fn an_era_goes_when_the_replica_has_it_and_the_tree_was_synced() {
     let mut world = world();
     world.step(150);
-    assert_eq!(world.disk.list().unwrap().len(), 1, "nothing was touched, so no era ends");
+    assert_eq!(era_files(&world.disk).len(), 1, "nothing was touched, so no era ends");
     world.touch_and_step(1, 150);
     world.touch_and_step(2, 155);
     assert_eq!(world.files(), [1], "the era of 2 is too young, and nobody asked for a flush");
@@ -93,6 +93,35 @@ fn an_era_goes_when_the_replica_has_it_and_the_tree_was_synced() {
     );
 }
 
+/// The keeper has a log that failed begin anew, and its era that stands for everything goes like any other.
+#[test]
+fn a_log_that_failed_begins_anew_when_the_disk_takes_it() {
+    let mut world = world();
+    let errno = rustix::io::Errno::NOSPC;
+    touch(&world.log, &[name(1)]).unwrap();
+    for _ in 0..3 {
+        world.disk.inject(Fault { operation: Operation::Write, after: 0, errno });
+    }
+    world.log.flush().unwrap_err();
+    for _ in 0..2 {
+        world.keeper.step().unwrap_err();
+        assert!(world.log.failure().is_some());
+    }
+    world.step(120);
+    assert_eq!(world.log.failure(), None);
+    let everything = |world: &World| found(&world.disk.crash(0)).everything;
+    world.touch_and_step(2, 140);
+    assert!(everything(&world), "the replica does not have it");
+    world.applied.store(139, Ordering::Relaxed);
+    world.step(141);
+    assert!(everything(&world), "not all of it");
+    world.applied.store(141, Ordering::Relaxed);
+    world.step(142);
+    assert!(!everything(&world));
+    world.touch_and_step(3, 152);
+    assert_eq!(world.files(), [3]);
+}
+
 #[test]
 fn after_a_failed_sync_of_the_tree_no_era_ever_goes() {
     let mut world = world();
@@ -107,7 +136,7 @@ fn after_a_failed_sync_of_the_tree_no_era_ever_goes() {
     assert_eq!(world.syncs.load(Ordering::Relaxed), 1, "a second sync would prove nothing");
     world.log.flush().unwrap();
     assert_eq!(world.files().len(), 49);
-    assert!(world.disk.list().unwrap().len() <= config().eras_max);
+    assert!(era_files(&world.disk).len() <= config().eras_max);
 }
 
 #[test]
@@ -135,13 +164,13 @@ fn while_no_era_may_go_the_last_one_goes_on() {
     for time in 0..100 {
         world.touch_and_step(time % 10, 200 + 20 * time);
     }
-    assert_eq!(world.disk.list().unwrap().len(), config().eras_max);
+    assert_eq!(era_files(&world.disk).len(), config().eras_max);
     world.log.flush().unwrap();
     assert_eq!(world.files(), (0..10).collect::<Vec<_>>());
     world.applied.store(5000, Ordering::Relaxed);
     world.step(5000);
     world.step(5001);
-    assert_eq!(world.disk.list().unwrap().len(), 1 + 1, "the last era ends when there is room again");
+    assert_eq!(era_files(&world.disk).len(), 1 + 1, "the last era ends when there is room again");
 }
 
 /// An era ends only while nobody is between touch and stamp: with the lock held, its end waits.
@@ -199,7 +228,7 @@ fn a_long_era_is_packed() {
         touch(&log, &[name(n)]).unwrap();
         log.flush().unwrap();
         assert!(log.is_durable(name(n).0, name(n).1));
-        assert_eq!(disk.list().unwrap().len(), 1);
+        assert_eq!(era_files(&disk).len(), 1);
     }
     let bytes = disk.bytes("00000001.era").unwrap();
     let used = bytes.len() - bytes.iter().rev().take_while(|byte| **byte == 0).count();

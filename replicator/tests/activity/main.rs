@@ -43,6 +43,11 @@ fn found(storage: &SimStorage) -> Found {
     open(storage).unwrap().1
 }
 
+/// The files of eras.
+fn era_files(disk: &SimStorage) -> Vec<String> {
+    disk.list().unwrap().into_iter().filter(|name| name.ends_with(".era")).collect()
+}
+
 fn touch(log: &ActivityLog, names: &[Name]) -> Result<(), ActivityError> {
     for (volume, file) in names {
         drop(log.touch(*volume, std::iter::once(*file))?);

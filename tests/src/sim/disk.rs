@@ -79,7 +79,7 @@ impl Machine {
     pub(crate) fn open_image(&self, options: ImageOptions) -> OpenImage {
         let machine = self.clone();
         Box::new(move |data| {
-            let table = Table::open(&machine.table)?;
+            let table = Table::open(Arc::new(machine.table.clone()))?;
             let open: OpenStore = Box::new(move |dir: &Path| {
                 let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 Ok(Arc::new(machine.trees.open(&name)) as Arc<dyn TreeStore>)

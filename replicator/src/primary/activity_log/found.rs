@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use twinfs_core::id::{FileId, SessionId, VolumeIndex};
 use twinfs_core::stamp::Timestamp;
 
@@ -13,6 +14,31 @@ use crate::storage::{Storage, StorageError};
 
 /// The name of the mark that the log failed, and does not name everything.
 pub(super) const INCOMPLETE: &str = "incomplete";
+
+/// The file that gets that name: see the module's words about failures.
+pub(super) const SPARE: &str = "incomplete.spare";
+
+/// Makes the spare file. It is durable with the next sync of the directory.
+pub(super) fn make_spare(storage: &dyn Storage) -> Result<(), StorageError> {
+    match storage.create(SPARE) {
+        Ok(_) | Err(StorageError::Io { errno: Errno::EXIST, .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Leaves the mark, durably.
+pub(super) fn mark_incomplete(storage: &dyn Storage) -> Result<(), StorageError> {
+    match storage.rename(SPARE, INCOMPLETE) {
+        Ok(()) => {}
+        // It was renamed before, though perhaps not durably, or somebody removed it.
+        Err(StorageError::Io { errno: Errno::NOENT, .. }) => match storage.create(INCOMPLETE) {
+            Ok(_) | Err(StorageError::Io { errno: Errno::EXIST, .. }) => {}
+            Err(error) => return Err(error),
+        },
+        Err(error) => return Err(error),
+    }
+    storage.sync_dir()
+}
 
 /// What the log said when it was opened: the files in which the sites may differ after a power loss.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,9 +1,11 @@
-//! When eras end, and when they may go.
+//! When eras end, and when they may go; and how the log begins anew after a failure.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use twinfs_core::limits;
 use twinfs_core::stamp::Timestamp;
 
 use super::{ActivityError, ActivityLog, EraId, lock};
@@ -46,13 +48,16 @@ impl Keeper {
         Self { parts, sync_failed: false, synced: None }
     }
 
-    /// Does what is due. To be called again after a fraction of
+    /// Does what is due, and has a log that failed begin anew if the disk takes that. To be called again after a fraction of
     /// [`ACTIVITY_ERA_NS`](twinfs_core::limits::ACTIVITY_ERA_NS). Returns the last era that went.
     ///
     /// # Errors
-    /// [`ActivityError`]: the log has failed.
+    /// [`ActivityError`]: the log has failed, or still fails.
     pub fn step(&mut self) -> Result<Option<EraId>, ActivityError> {
         let KeeperParts { log, sync_backing, applied, now } = &self.parts;
+        if log.failure().is_some() {
+            log.recover(now)?;
+        }
         if log.is_era_due(now()) {
             log.end_era(now)?;
         }
@@ -84,7 +89,7 @@ impl Keeper {
     pub fn start(mut self) -> io::Result<KeeperThread> {
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let stopping = Arc::clone(&stop);
-        let period = self.parts.log.era_period() / 4;
+        let period = (self.parts.log.era_period() / 4).min(Duration::from_nanos(limits::SITE_AGAIN_NS));
         let thread = std::thread::Builder::new().name("activity-eras".into()).spawn(move || {
             let (stopped, wake) = &*stopping;
             while !*lock(stopped) {

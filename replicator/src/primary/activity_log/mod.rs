@@ -57,8 +57,26 @@
 //!   If one is missing in an earlier batch, that is damage.
 //! * A file of the log is made under another name, `….new`, and gets its own once its header is durable. So `….new`
 //!   files are remains, and a `….era` file without a whole header is damage.
-//! * A failed write or sync is final, and leaves the mark `incomplete` if the disk takes that: with it there,
-//!   everything has to be compared.
+//!
+//! # When it cannot be written
+//!
+//! A failed write or sync is final for its era: nobody knows which entries are on the medium, and what is touched from then
+//! on is in no file of the log. So at once, and before an fsync that comes later returns, the file `incomplete.spare` is
+//! renamed to `incomplete`: with that there, everything has to be compared. (The spare stands ready because a full disk
+//! takes no new file, but takes a new name for one. A disk that takes neither leaves what stands in docs/guarantees.md.)
+//!
+//! Programs go on. Their updates are not captured any more, but noted in the change maps; what was captured before stays in
+//! the sidefile, and what of it was not yet named in the log is not shipped. The [`Keeper`] tries to begin anew
+//! ([`ActivityLog::recover`]), and when the disk takes it,
+//!
+//! 1. a new era that stands for **everything** becomes durable, in place of all eras before it. From here on the log alone
+//!    says enough again, for all that was touched before, meanwhile, and as long as this era lasts;
+//! 2. the mark goes, and files are named again; what waited in the sidefile is shipped;
+//! 3. the session resyncs **what the change maps name**. Nothing else: each update since the failure is either in the
+//!    sidefile, because it was stamped before capture stopped, or in a map.
+//!
+//! A kill before 3. has lost the maps, and a power loss the sidefile, too. The log then says everything, because the era of 1.
+//! goes like any other: ended, and at the replica in a session in DUPLEX, which comes after 3.
 
 mod config;
 mod error;
@@ -141,8 +159,8 @@ struct Inner {
     durable: AtomicU64,
     has_failed: AtomicBool,
     failure: Mutex<Option<ActivityError>>,
-    /// The mark of a failure is on the disk.
-    is_marked: AtomicBool,
+    /// The mark of a failure is on the disk. Held over I/O; no other lock is taken under it.
+    is_marked: Mutex<bool>,
 }
 
 #[derive(Debug)]
@@ -158,6 +176,8 @@ struct Eras {
 #[derive(Debug)]
 struct Ended {
     era: EraId,
+    /// No update that it stands for is older.
+    start: Timestamp,
     /// All updates that it stands for are stamped before; `None` if the owner has to say so first.
     end: Option<Timestamp>,
 }
@@ -193,12 +213,13 @@ impl ActivityLog {
         let create = |era, start, first: &Batch| {
             EraWriter::create(Arc::clone(&storage), session, era, start, first, config.file_bytes_max)
         };
+        found::make_spare(&*storage)?;
         let mut ended = Vec::new();
         let found = gathered.found;
         if found.everything || !found.files.is_empty() {
             let all = Batch { entries: found.files.clone(), everything: found.everything };
             create(last, found.since, &all)?;
-            ended.push(Ended { era: last, end: None });
+            ended.push(Ended { era: last, start: found.since, end: None });
             last = last.next();
         }
         let writer = create(last, now, &none)?;
@@ -220,7 +241,7 @@ impl ActivityLog {
             durable: AtomicU64::new(first.0),
             has_failed: AtomicBool::new(false),
             failure: Mutex::default(),
-            is_marked: AtomicBool::new(false),
+            is_marked: Mutex::new(false),
         });
         let mut thread = None;
         if let Some(gather_ns) = config.flush_ns {
@@ -279,9 +300,11 @@ impl ActivityLog {
     /// they are durable already.
     ///
     /// # Errors
-    /// [`ActivityError`]
+    /// [`ActivityError`]: the log has failed. Then that is durable, if the disk takes it: what becomes durable from here on
+    /// is found after a power loss all the same.
     pub fn flush_file(&self, volume: VolumeIndex, file: FileId) -> Result<(), ActivityError> {
-        self.inner.flush_to(self.inner.need(volume, file))
+        let flushed = self.inner.check().and_then(|()| self.inner.flush_to(self.inner.need(volume, file)));
+        flushed.inspect_err(|_| self.inner.leave_mark())
     }
 
     /// Where the row of entries ends: everything touched before this call lies before.
@@ -459,7 +482,7 @@ impl Inner {
         let (batch, upto, end) = self.switch(now);
         let mut old = std::mem::replace(&mut *writer, fresh);
         let era = old.era();
-        eras.ended.push(Ended { era, end: Some(end) });
+        eras.ended.push(Ended { era, start: old.start(), end: Some(end) });
         eras.started = start;
         // What was in line belongs to the old era. Its set is gone, so its file is not packed any more; it may grow
         // past its bound by this once.
@@ -504,22 +527,28 @@ impl Inner {
     fn recover(&self, now: &dyn Fn() -> Timestamp) -> Result<(), StorageError> {
         let mut eras = lock(&self.eras);
         let mut writer = lock(&self.writer);
-        let start = writer.start();
+        let start =
+            eras.ended.iter().map(|ended| ended.start).chain([writer.start()]).min().unwrap_or_default();
         eras.last = eras.last.next();
         let everything = Batch { entries: Vec::new(), everything: true };
         let fresh = self.make_writer(eras.last, start, &everything)?;
         let (_, upto, end) = self.switch(now);
         share(&self.current).start_with_everything(upto);
         let old = std::mem::replace(&mut *writer, fresh);
-        eras.ended.push(Ended { era: old.era(), end: Some(end) });
+        eras.ended.push(Ended { era: old.era(), start: old.start(), end: Some(end) });
         eras.started = end;
         self.durable.store(upto.0, Ordering::Release);
         *lock(&self.failure) = None;
         self.has_failed.store(false, Ordering::Release);
+        // The new era stands for them, too: a log that fails again and again does not grow. One that cannot be removed is
+        // tried again the next time.
+        eras.ended.retain(|ended| ended.end.is_none() || self.storage.remove(&era_name(ended.era)).is_err());
         // The new era says it now. If the mark stays, the next start compares too much, that is all.
-        if self.is_marked.swap(false, Ordering::AcqRel) {
-            drop(self.storage.remove(found::INCOMPLETE).and_then(|()| self.storage.sync_dir()));
+        let mut is_marked = lock(&self.is_marked);
+        if std::mem::take(&mut *is_marked) {
+            drop(self.storage.rename(found::INCOMPLETE, found::SPARE).and_then(|()| self.storage.sync_dir()));
         }
+        drop(is_marked);
         tracing::warn!("the activity log goes on: after a power loss, everything would be compared");
         Ok(())
     }
@@ -540,18 +569,14 @@ impl Inner {
         error
     }
 
-    /// Leaves word on the disk that the log is not complete.
+    /// Leaves word on the disk that the log is not complete. Whoever calls this meanwhile waits for it.
     fn leave_mark(&self) {
-        if self.is_marked.load(Ordering::Acquire) {
+        let mut is_marked = lock(&self.is_marked);
+        if *is_marked || !self.has_failed.load(Ordering::Acquire) {
             return;
         }
-        let marked = match self.storage.create(found::INCOMPLETE) {
-            Ok(_) => self.storage.sync_dir(),
-            Err(StorageError::Io { errno: rustix::io::Errno::EXIST, .. }) => self.storage.sync_dir(),
-            Err(error) => Err(error),
-        };
-        match marked {
-            Ok(()) => self.is_marked.store(true, Ordering::Release),
+        match found::mark_incomplete(&*self.storage) {
+            Ok(()) => *is_marked = true,
             Err(error) => tracing::debug!(%error, "cannot mark the activity log as incomplete yet"),
         }
     }

@@ -367,12 +367,17 @@ impl<O: Outlet> Engine<O> {
     }
 
     fn refused(&mut self, refuse: &Refuse) {
-        tracing::error!(why = %refuse.text, "the replica refuses");
+        // One that cannot write its disk says so again each time that it is asked.
+        if self.reason.as_deref() != Some(refuse.text.as_str()) {
+            tracing::error!(why = %refuse.text, "the replica refuses");
+        }
         self.last_error = Some(format!("the replica refuses: {}", refuse.text));
         self.sender.handle_refuse(refuse);
         self.check_fence();
         if refuse.code == RefuseCode::Failed {
             self.reason = Some(refuse.text.to_string());
+            // It does not say when that is over: it has to be asked again.
+            self.outlet.hang_up("the replica refused");
         }
         self.capture.set_link_up(false);
     }

@@ -58,11 +58,8 @@ impl<O: Outlet> Engine<O> {
 
     /// Whether the session is suspended for a reason that is gone, and nothing from before is under way.
     fn may_resync(&self, now: Reading) -> bool {
-        let passing = matches!(
-            self.sender.suspended(),
-            Some(SuspendReason::Link | SuspendReason::Lag | SuspendReason::Journal)
-        );
-        passing
+        self.is_passing()
+            && self.site_trouble().is_none()
             && !self.examining
             && self.connection == Connection::Welcomed
             && self.sender.is_connected()

@@ -6,7 +6,7 @@ use twinfs_core::wire::Message;
 
 use super::{Connection, Engine, Outlet};
 use crate::primary::chain::BadCapture;
-use crate::primary::sidefile::Captured;
+use crate::primary::sidefile::{Captured, Overflow};
 
 /// Bytes of updates that leave at once, in one packet, when nothing is in flight: their tokens would not be sooner.
 const PACKET_BYTES: usize = 1024;
@@ -83,7 +83,7 @@ impl<O: Outlet> Engine<O> {
         }
         // What the replica has must be in the log, because after a power loss this site may have it no more.
         if self.log.as_ref().is_some_and(|log| log.wait_durable(self.logged).is_err()) {
-            self.capture.suspend();
+            self.capture.suspend_while(Overflow::Site);
             return;
         }
         while let Some((_, set)) = self.sender.poll_transmit() {

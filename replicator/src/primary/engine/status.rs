@@ -40,9 +40,9 @@ impl<O: Outlet> Engine<O> {
             SessionState::Suspended(reason) => Some(reason.to_string()),
             _ => None,
         };
-        let reason = match (word, &self.reason) {
+        let reason = match (word, self.why_suspended()) {
             (Some(word), Some(text)) => Some(format!("{word}: {text}")),
-            (word, text) => word.or_else(|| text.clone()),
+            (word, text) => word.or(text),
         };
         let volumes = self.volumes.iter().enumerate().map(|(at, volume)| {
             let index = VolumeIndex(at as u16);

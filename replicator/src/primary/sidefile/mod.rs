@@ -111,7 +111,21 @@ pub enum Overflow {
     LinkDown,
     /// The sidefile is full, and stayed so for [`limits::PACE_NS_MAX`] although the link is up.
     TooSlow,
+    /// No overflow: what has to stand in the site directory before updates may be captured cannot be written.
+    Site,
 }
+
+/// What a primary writes in its site directory while it runs, beside the activity log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SitePart {
+    /// The mark that timestamps stay below.
+    StampMark,
+    /// The control file.
+    State,
+}
+
+/// How many parts there are.
+const SITE_PARTS: usize = SitePart::State as usize + 1;
 
 /// Whether captured updates are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,6 +153,8 @@ pub struct Capture {
     link_up: AtomicBool,
     /// What was dropped while the session was suspended.
     changes: resume::Changes,
+    /// Why a part of the site directory cannot be written, in the order of [`SitePart`]. A lock is held for nothing else.
+    troubles: [Mutex<Option<String>>; SITE_PARTS],
 }
 
 #[derive(Debug)]
@@ -252,6 +268,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Takes the blocks of all bytes of a file: a store into the mapping of a hole would kill the process when the file system
+/// is full.
+fn allocate(file: &File, bytes: u64) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt as _;
+    if bytes > 0 {
+        rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes)?;
+    }
+    // Some file systems (ZFS) agree and do nothing.
+    if file.metadata()?.blocks().saturating_mul(512) < bytes {
+        tracing::warn!(
+            "the file system of the site directory reserves no space for the sidefile: if it gets full, the daemon ends \
+             as if it were killed; see that it does not"
+        );
+    }
+    Ok(())
+}
+
 impl Capture {
     /// Makes a sidefile of `bytes` bytes at `path`, mode 0600, with all its blocks allocated.
     ///
@@ -268,9 +301,7 @@ impl Capture {
             .mode(0o600)
             .open(path)
             .map_err(fail)?;
-        let made = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size as u64)
-            .map_err(io::Error::from)
-            .and_then(|()| SharedMap::new(&file));
+        let made = allocate(&file, size as u64).and_then(|()| SharedMap::new(&file));
         let map = made.map_err(|source| {
             drop(std::fs::remove_file(path));
             fail(source)
@@ -287,6 +318,9 @@ impl Capture {
     pub fn open(path: &Path, start: &Start<'_>) -> Result<(Self, Survivors), SidefileError> {
         let fail = |source| SidefileError::Io { path: path.to_owned(), source };
         let file = File::options().read(true).write(true).open(path).map_err(fail)?;
+        // Somebody may have copied it, and left its zeros out.
+        let bytes = file.metadata().map_err(fail)?.len();
+        allocate(&file, bytes).map_err(fail)?;
         let map = SharedMap::new(&file).map_err(fail)?;
         Self::reopen(path, map, Arc::new(SystemTime), start)
     }
@@ -396,6 +430,7 @@ impl Capture {
             published: Condvar::new(),
             link_up: AtomicBool::new(false),
             changes: resume::Changes::new(start.volumes.len()),
+            troubles: [const { Mutex::new(None) }; SITE_PARTS],
             map,
             time,
         })
@@ -489,9 +524,37 @@ impl Capture {
 
     // ---- status changes ----
 
-    /// Stops capturing: later updates are dropped and noted, published ones stay. Programs go on at full speed.
+    /// Stops capturing: later updates are dropped and noted, published ones stay. Programs go on at full speed. A person
+    /// has to act, also if it was suspended before for something that passes.
     pub fn suspend(&self) {
-        self.suspend_locked(&mut lock(&self.ring), None);
+        let mut ring = lock(&self.ring);
+        self.suspend_locked(&mut ring, None);
+        if matches!(ring.mode, Mode::Suspended(_)) {
+            ring.mode = Mode::Suspended(None);
+        }
+    }
+
+    /// The same until what failed works again; an earlier reason stays.
+    pub fn suspend_while(&self, overflow: Overflow) {
+        self.suspend_locked(&mut lock(&self.ring), Some(overflow));
+    }
+
+    /// Notes that something in the site directory cannot be written, for status; `None`: it can again. It is tried again
+    /// by whoever says so.
+    pub fn set_trouble(&self, part: SitePart, why: Option<String>) {
+        *lock(&self.troubles[part as usize]) = why;
+    }
+
+    /// What cannot be written in the site directory, if something cannot.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        self.troubles.iter().find_map(|trouble| lock(trouble).clone())
+    }
+
+    /// How far time can go on before the durable mark holds it back, in nanoseconds.
+    #[must_use]
+    pub fn stamps_ahead_ns(&self) -> u64 {
+        lock(&self.publish).clock.ahead_ns()
     }
 
     fn suspend_locked(&self, ring: &mut Ring, overflow: Option<Overflow>) {

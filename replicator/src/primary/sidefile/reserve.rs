@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use twinfs_core::id::VolumeIndex;
 use twinfs_core::limits;
-use twinfs_core::stamp::Stamp;
+use twinfs_core::stamp::{Stamp, Timestamp};
 use twinfs_core::update::{self, AttrList, Intent, Note, Op, OpKind, Update};
 
 use super::layout::{
-    self, FREE, INTENT, NOTE_BYTES, PUBLISHED, SlotState, VolumeWords, W_LAST_TIME, from_halves, intent_room,
-    padded,
+    self, FREE, INTENT, NOTE_BYTES, PUBLISHED, SlotState, VolumeWords, W_DROPPED, W_LAST_TIME, from_halves,
+    intent_room, padded,
 };
-use super::{Capture, Captured, Mode, Overflow, Refused, Ring, lock};
+use super::{Capture, Captured, Mode, Overflow, Publish, Refused, Ring, lock};
 use crate::failpoint::{self, FailPoint};
 use crate::sys::map::WORD;
 
@@ -195,6 +195,21 @@ impl Capture {
         Room { slot, note_at: (note > 0).then_some(begin + intent), at: begin + skip, bytes: update }
     }
 
+    /// The time of the next stamp; `None` if nothing is published any more. No stamp reaches the durable mark: if that could
+    /// not be raised in time, this is where publishing ends, for all that follows.
+    fn stamp(&self, publish: &mut Publish) -> Option<Timestamp> {
+        if publish.closed.is_some() {
+            return None;
+        }
+        let time = publish.clock.stamp(self.time.read());
+        if time.is_none() {
+            // Before anybody drops an update for it.
+            self.map.words()[W_DROPPED].store(1, Ordering::Release);
+            publish.closed = Some(publish.clock.last());
+        }
+        time
+    }
+
     /// Where room for `need` bytes begins, or `None` if there is none.
     fn place(&self, ring: &Ring, need: usize, slots: usize) -> Option<u64> {
         let size = self.ring_bytes as u64;
@@ -284,16 +299,18 @@ impl Reservation<'_> {
         words[4].store(from_halves(encoded.len(), data.len()), Ordering::Relaxed);
 
         let mut publish = lock(&capture.publish);
-        if publish.closed.is_some() {
+        let Some(time) = capture.stamp(&mut publish) else {
             drop(publish);
+            // Nothing, unless it was this one that closed it.
+            capture.suspend_while(Overflow::Site);
             capture.changes.note(self.volume, &update.op, &update.attrs);
             capture.settle(Some(room));
             // The reservation is settled: its drop would do it again.
             std::mem::forget(self);
             return None;
-        }
+        };
         let seq = publish.last_seq[self.volume.as_usize()].next();
-        let stamp = Stamp { time: publish.clock.tick(capture.time.read()), seq };
+        let stamp = Stamp { time, seq };
         publish.last_seq[self.volume.as_usize()] = seq;
         let header = &capture.map.words()[room.at / WORD..];
         header[1].store(stamp.time.0.to_le(), Ordering::Relaxed);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::primary::clock::Reading;
 use twinfs_core::update::{self, Attr, Intent, Op, sample_file};
 
 const SESSION: SessionId = SessionId::from_bytes([7; 16]);
@@ -224,4 +225,55 @@ fn a_hold_waits_for_what_is_under_way_and_a_fence_refuses() {
     capture.fence();
     let refused = capture.reserve(V, &Intent::Attrs { file: sample_file(1) }, 100, 0);
     assert_eq!(refused.err(), Some(Refused::Fenced));
+}
+
+#[test]
+fn no_stamp_reaches_the_durable_mark() {
+    let dir = tempfile::tempdir().unwrap();
+    let limit = Timestamp(Reading::now().real + 1_000_000);
+    let volumes = [StartVolume::NEW; 2];
+    let at_the_limit = Start { floor: Timestamp(limit.0 - 3), limit, ..start(&volumes) };
+    let capture = Capture::create(&dir.path().join("sidefile"), bytes_min(), &at_the_limit).unwrap();
+    let under_way = reserve(&capture, V, 4);
+    assert!(write(&capture, V, b"last").is_some_and(|stamp| stamp.time < limit));
+    while write(&capture, V, b"more").is_some_and(|stamp| stamp.time < limit) {}
+    assert_eq!(write(&capture, V, b"none"), None, "dropped");
+    assert_eq!(capture.fill().overflow, Some(Overflow::Site));
+    assert_eq!(publish(under_way, b"data"), None, "nothing follows what was dropped");
+    assert!(!capture.changes()[0].is_empty());
+    capture.raise_limit(Timestamp(limit.0 + limits::STAMP_RESERVE_NS));
+    assert_eq!(write(&capture, V, b"none"), None, "not before a resync");
+    assert!(capture.hold(Duration::from_secs(60)));
+    capture.release(&capture.cut(usize::MAX).updates);
+    capture.resume(None).unwrap();
+    capture.let_go();
+    assert!(write(&capture, V, b"more").is_some_and(|stamp| stamp.time > limit));
+}
+
+#[test]
+fn a_suspension_that_needs_a_person_is_not_taken_for_one_that_passes() {
+    let dir = tempfile::tempdir().unwrap();
+    let capture = sidefile(&dir);
+    capture.suspend_while(Overflow::Site);
+    capture.suspend_while(Overflow::TooSlow);
+    assert_eq!(capture.fill().overflow, Some(Overflow::Site), "the first reason stays");
+    capture.suspend();
+    assert_eq!((capture.fill().suspended, capture.fill().overflow), (true, None));
+    capture.suspend_while(Overflow::Site);
+    assert_eq!(capture.fill().overflow, None);
+}
+
+#[test]
+fn the_blocks_of_a_copy_with_holes_are_taken_again() {
+    use std::os::unix::fs::MetadataExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sidefile");
+    drop(sidefile(&dir));
+    let file = File::options().write(true).open(&path).unwrap();
+    let bytes = file.metadata().unwrap().len();
+    file.set_len(8192).unwrap();
+    file.set_len(bytes).unwrap();
+    assert!(file.metadata().unwrap().blocks() * 512 < bytes);
+    Capture::open(&path, &start(&[StartVolume::NEW; 2])).unwrap();
+    assert!(file.metadata().unwrap().blocks() * 512 >= bytes);
 }

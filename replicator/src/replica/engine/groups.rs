@@ -61,11 +61,14 @@ impl<O: Outlet> Engine<O> {
         let passing = matches!(error, JournalError::Full { .. } | JournalError::TooManySegments { .. });
         let why = error.to_string();
         // What ended the session for good stays the reason: what follows from it says less, or sounds as if it passed.
-        if !self.trouble.as_ref().is_some_and(|(known, is_final)| *is_final || *known == why) {
+        let known = self.trouble.as_ref().map(|(_, is_final)| *is_final);
+        if known.is_none_or(|is_final| !is_final && !passing) {
             tracing::error!(%why, "the session is SUSPENDED: nothing more is taken, what was shown stays");
+        }
+        if known != Some(true) {
             self.trouble = Some((why.clone(), !passing));
         }
-        if passing && !self.checkpointing && !self.image.is_incomplete() {
+        if passing && !self.checkpointing && self.tree_trouble.is_none() && !self.image.is_incomplete() {
             self.start_checkpoint();
         }
         if let Some(id) = self.current.as_ref().map(|current| current.id) {
@@ -77,7 +80,7 @@ impl<O: Outlet> Engine<O> {
     /// persist first, then acknowledge and show.
     pub(in crate::replica) fn commit(&mut self) {
         loop {
-            if self.planned.is_none() && self.trouble.is_none() {
+            if self.planned.is_none() && self.suspended().is_none() {
                 self.planned = self.receiver.poll_group();
             }
             if let Some(plan) = &self.planned {
@@ -179,7 +182,7 @@ impl<O: Outlet> Engine<O> {
     // ---- checkpoints ----
 
     pub(super) fn checkpoint_if_due(&mut self, now: Reading) {
-        if !self.checkpointing && self.image.checkpoint_due(now.boot) {
+        if !self.checkpointing && !self.must_trees_wait(now) && self.image.checkpoint_due(now.boot) {
             self.start_checkpoint();
         }
     }
@@ -192,17 +195,19 @@ impl<O: Outlet> Engine<O> {
     pub fn handle_checkpointed(&mut self, result: Result<(), ImageError>) {
         self.checkpointing = false;
         match result {
-            Ok(()) => self.trim(),
-            Err(error) => {
-                tracing::error!(%error, "a checkpoint failed; the journal keeps its groups, trying again")
+            Ok(()) => {
+                self.trees_written();
+                self.trim();
             }
+            Err(error) => self.trees_failed(&error),
         }
     }
 
     /// Memory is at its bound: nothing more is shown before the checkpoint has made room. Other inputs wait meanwhile.
     fn wait_for_checkpoint(&mut self) {
         if let Err(error) = self.image.checkpoint() {
-            tracing::error!(%error, "a checkpoint failed although memory is short");
+            // This group is committed and has to show; no other one is formed before a checkpoint has succeeded.
+            self.trees_failed(&error);
         }
     }
 

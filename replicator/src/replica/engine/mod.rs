@@ -10,6 +10,7 @@
 
 mod groups;
 mod status;
+mod trees;
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -177,6 +178,7 @@ pub struct Engine<O> {
     checkpointing: bool,
     /// Why the journal takes nothing at present; `true` if for good.
     trouble: Option<(String, bool)>,
+    tree_trouble: Option<trees::TreeTrouble>,
     pub(super) takeover: Option<Takeover>,
     sets_received: u64,
     pub(super) last_heard: Option<Timestamp>,
@@ -241,6 +243,7 @@ impl<O: Outlet> Engine<O> {
             unpacker: Unpacker::new(),
             checkpointing: false,
             trouble: None,
+            tree_trouble: None,
             takeover: None,
             sets_received: 0,
             last_heard: None,
@@ -397,8 +400,8 @@ impl<O: Outlet> Engine<O> {
         }
         // What was appended for an earlier connection counts for this one if it is durable.
         self.commit();
-        if let Some((why, _)) = &self.trouble {
-            let text = why.clone();
+        if let Some((why, _)) = self.suspended() {
+            let text = why.to_owned();
             return self.refuse_with(id, RefuseCode::Failed, text);
         }
         let adoption = match self.receiver.handle_hello(hello) {

@@ -19,7 +19,7 @@ impl<O: Outlet> Engine<O> {
         let tokens = self.receiver.bare_tokens();
         let members = self.receiver.volumes().filter(|(.., member)| *member).count();
         let all = self.receiver.volumes().count();
-        let (session_state, reason) = match (&self.trouble, self.receiver.role()) {
+        let (session_state, reason) = match (self.suspended(), self.receiver.role()) {
             (_, Role::Promoted) => ("SUSPENDED", Some("promoted, without a replica of its own".to_owned())),
             (Some((why, true)), _) => ("SUSPENDED", Some(format!("ERROR: {why}"))),
             (Some((why, false)), _) => ("SUSPENDED", Some(format!("JOURNAL: {why}"))),

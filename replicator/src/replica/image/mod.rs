@@ -85,6 +85,23 @@ pub enum ImageError {
     NoPreimage(FileId),
 }
 
+impl ImageError {
+    /// What status says of a checkpoint that failed: what is wrong, and what helps.
+    #[must_use]
+    pub fn trouble(&self) -> String {
+        use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        let full = match self {
+            Self::Tree(error) => matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge),
+            Self::Table(error) => error.is_no_space(),
+            _ => false,
+        };
+        let until = if full { "there is room" } else { "they can be written" };
+        format!(
+            "the plain trees (image/ in the site directory) cannot be written: {self}; mirroring goes on when {until}"
+        )
+    }
+}
+
 /// What an administrator may set.
 #[derive(Debug, Clone, Copy)]
 pub struct ImageOptions {
@@ -628,7 +645,7 @@ fn open_table(site_dir: &Path) -> Result<(PathBuf, Table), ImageError> {
     let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
     made.map_err(|source| ImageError::Directory { path: dir.clone(), source })?;
     let storage = RealStorage::open(&dir).map_err(TableError::Storage)?;
-    let table = Table::open(&storage)?;
+    let table = Table::open(Arc::new(storage))?;
     Ok((dir, table))
 }
 

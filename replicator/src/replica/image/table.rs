@@ -17,6 +17,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -56,6 +57,28 @@ pub enum TableError {
     /// It was written by a version of twinfs that this one does not know.
     #[error("the image's file table has an unknown version")]
     Version,
+}
+
+impl TableError {
+    /// Whether the database answers nothing any more, because its disk failed before.
+    fn is_closed(&self) -> bool {
+        matches!(self, Self::Database(error) if matches!(**error, redb::Error::PreviousIo))
+    }
+
+    /// Whether the file system has no room.
+    pub(super) fn is_no_space(&self) -> bool {
+        match self {
+            Self::Storage(error) => error.is_no_space(),
+            Self::Database(error) => match &**error {
+                redb::Error::Io(error) => {
+                    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<StorageError>());
+                    inner.is_some_and(StorageError::is_no_space)
+                }
+                _ => false,
+            },
+            Self::Damaged(_) | Self::Version => false,
+        }
+    }
 }
 
 impl<E: Into<redb::Error>> From<E> for TableError {
@@ -107,9 +130,15 @@ pub struct Changes<'a> {
 }
 
 /// The open database.
+///
+/// After a failure of its disk, redb answers nothing any more, not even reads. So a commit that fails opens the database
+/// again, which brings it back to the commit before, like a crash.
 #[derive(Debug)]
 pub struct Table {
-    db: Database,
+    storage: Arc<dyn Storage>,
+    db: RwLock<Arc<Database>>,
+    /// Held for a whole commit. Whoever finds the database failed waits for it, and looks again.
+    committing: Mutex<()>,
 }
 
 impl Table {
@@ -118,44 +147,64 @@ impl Table {
     ///
     /// # Errors
     /// See [`TableError`].
-    pub fn open(storage: &dyn Storage) -> Result<Self, TableError> {
-        if !table_file::tidy(storage).map_err(TableError::Storage)? {
-            let table = Self::over(storage.create(table_file::NEW_NAME))?;
-            let write = table.db.begin_write()?;
+    pub fn open(storage: Arc<dyn Storage>) -> Result<Self, TableError> {
+        if !table_file::tidy(&*storage).map_err(TableError::Storage)? {
+            let db = over(storage.create(table_file::NEW_NAME))?;
+            let write = db.begin_write()?;
             write.open_table(FILES)?;
             write.open_table(INODES)?;
             write.open_table(PREIMAGES)?;
             write.open_table(ATTRIBUTES)?;
             write.open_table(STATE)?.insert("version", VERSION)?;
             write.commit()?;
-            drop(table);
+            drop(db);
             storage.rename(table_file::NEW_NAME, table_file::NAME).map_err(TableError::Storage)?;
         }
         // The name may also be that of a process that died before it was durable.
         storage.sync_dir().map_err(TableError::Storage)?;
-        let table = Self::over(storage.open(table_file::NAME))?;
-        let read = table.db.begin_read()?;
+        let db = over(storage.open(table_file::NAME))?;
+        let read = db.begin_read()?;
         let known = read.open_table(STATE)?.get("version")?.is_some_and(|version| version.value() == VERSION);
         drop(read);
         if !known {
             return Err(TableError::Version);
         }
+        let db = RwLock::new(Arc::new(db));
+        let table = Self { storage, db, committing: Mutex::new(()) };
         table.warm()?;
         Ok(table)
+    }
+
+    fn db(&self) -> Arc<Database> {
+        Arc::clone(&self.db.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Asks the database; again, if a commit that failed has just closed it.
+    fn ask<T>(&self, ask: impl Fn(&Database) -> Result<T, TableError>) -> Result<T, TableError> {
+        match ask(&self.db()) {
+            Err(error) if error.is_closed() => {
+                drop(self.committing.lock().unwrap_or_else(PoisonError::into_inner));
+                ask(&self.db())
+            }
+            answer => answer,
+        }
+    }
+
+    /// Opens the database again after a failure: what the medium holds counts, not what is cached of it.
+    fn reopen(&self) -> Result<(), TableError> {
+        let file = self.storage.open(table_file::NAME).and_then(|file| file.settle().map(|()| file));
+        let db = Arc::new(over(file)?);
+        *self.db.write().unwrap_or_else(PoisonError::into_inner) = db;
+        Ok(())
     }
 
     /// Commits what is there already: that reads the pages which every commit needs, so the first checkpoint costs no more
     /// than the others.
     fn warm(&self) -> Result<(), TableError> {
-        let mut write = self.db.begin_write()?;
+        let mut write = self.db().begin_write()?;
         write.set_quick_repair(true);
         write.open_table(STATE)?.insert("version", VERSION)?;
         Ok(write.commit()?)
-    }
-
-    fn over(file: Result<File, StorageError>) -> Result<Self, TableError> {
-        let file = file.map_err(TableError::Storage)?;
-        Ok(Self { db: open_sound(TableFile(file))? })
     }
 
     /// The object of a file; `None` if the tree has none.
@@ -163,11 +212,13 @@ impl Table {
     /// # Errors
     /// See [`TableError`].
     pub fn local(&self, file: FileId) -> Result<Option<Local>, TableError> {
-        // The entry has to go before the transaction, or the writer may free its page.
-        let read = self.db.begin_read()?;
-        let table = read.open_table(FILES)?;
-        let entry = table.get(&file.to_bytes())?;
-        entry.map(|entry| decode(entry.value())).transpose()
+        self.ask(|db| {
+            // The entry has to go before the transaction, or the writer may free its page.
+            let read = db.begin_read()?;
+            let table = read.open_table(FILES)?;
+            let entry = table.get(&file.to_bytes())?;
+            entry.map(|entry| decode(entry.value())).transpose()
+        })
     }
 
     /// The files of inode numbers, in their order; `None` for an inode that is not of the image.
@@ -175,13 +226,16 @@ impl Table {
     /// # Errors
     /// See [`TableError`].
     pub fn files(&self, inos: impl Iterator<Item = u64>) -> Result<Vec<Option<FileId>>, TableError> {
-        let read = self.db.begin_read()?;
-        let table = read.open_table(INODES)?;
-        inos.map(|ino| {
-            let entry = table.get(ino)?;
-            entry.map(|entry| FileId::from_bytes(entry.value()).ok_or(BAD_ID)).transpose()
+        let inos: Vec<u64> = inos.collect();
+        self.ask(|db| {
+            let read = db.begin_read()?;
+            let table = read.open_table(INODES)?;
+            let file = |ino: &u64| {
+                let entry = table.get(*ino)?;
+                entry.map(|entry| FileId::from_bytes(entry.value()).ok_or(BAD_ID)).transpose()
+            };
+            inos.iter().map(file).collect()
         })
-        .collect()
     }
 
     /// The file of an inode number; `None` for an inode that is not of the image.
@@ -197,7 +251,7 @@ impl Table {
     /// # Errors
     /// See [`TableError`].
     pub fn preimages(&self) -> Result<BTreeMap<FileId, Local>, TableError> {
-        let read = self.db.begin_read()?;
+        let read = self.db().begin_read()?;
         let table = read.open_table(PREIMAGES)?;
         let mut found = BTreeMap::new();
         for entry in table.iter()? {
@@ -213,7 +267,7 @@ impl Table {
     /// # Errors
     /// See [`TableError`].
     pub fn attributes(&self) -> Result<Vec<(VolumeName, Update)>, TableError> {
-        let read = self.db.begin_read()?;
+        let read = self.db().begin_read()?;
         let table = read.open_table(ATTRIBUTES)?;
         let parse = |bytes: &[u8]| {
             let (len, rest) = bytes.split_first()?;
@@ -234,7 +288,7 @@ impl Table {
     /// # Errors
     /// See [`TableError`].
     pub fn state(&self) -> Result<(TreeState, TreeState), TableError> {
-        let read = self.db.begin_read()?;
+        let read = self.db().begin_read()?;
         let table = read.open_table(STATE)?;
         let get = |key: &str| -> Result<TreeState, TableError> {
             let Some(entry) = table.get(key)? else { return Ok(TreeState::default()) };
@@ -246,9 +300,26 @@ impl Table {
     /// Makes changes durable, all or none.
     ///
     /// # Errors
-    /// See [`TableError`].
+    /// See [`TableError`]. What stood before stands; or, if the disk failed in the last step, perhaps the changes do. So they
+    /// have to be such as may be committed again.
     pub fn commit(&self, changes: &Changes<'_>) -> Result<(), TableError> {
-        let mut write = self.db.begin_write()?;
+        let _whole = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut done = self.try_commit(changes);
+        if done.as_ref().is_err_and(TableError::is_closed) {
+            // It could not be opened after the last failure.
+            self.reopen()?;
+            done = self.try_commit(changes);
+        }
+        if let Err(error) = &done
+            && let Err(again) = self.reopen()
+        {
+            tracing::error!(%error, %again, "the image's file table failed, and cannot be opened again yet");
+        }
+        done
+    }
+
+    fn try_commit(&self, changes: &Changes<'_>) -> Result<(), TableError> {
+        let mut write = self.db().begin_write()?;
         // After a crash the database opens at once, however large it is; only amid a checkpoint it has to be read through,
         // which saves a third of what a small checkpoint writes.
         write.set_quick_repair(changes.tree.is_some());
@@ -299,11 +370,15 @@ impl Table {
     /// # Errors
     /// See [`TableError`].
     pub fn clear_files(&self) -> Result<(), TableError> {
-        let write = self.db.begin_write()?;
+        let write = self.db().begin_write()?;
         write.open_table(FILES)?.retain(|_, _| false)?;
         write.open_table(INODES)?.retain(|_, _| false)?;
         Ok(write.commit()?)
     }
+}
+
+fn over(file: Result<File, StorageError>) -> Result<Database, TableError> {
+    open_sound(TableFile(file.map_err(TableError::Storage)?))
 }
 
 /// Opens the database and compares all its checksums, which redb by itself does not: it would take rot for handles and
@@ -362,13 +437,15 @@ mod tests {
     use twinfs_core::update::sample_file;
 
     use super::*;
-    use crate::storage::RealStorage;
+    use rustix::io::Errno;
+
+    use crate::storage::{Fault, Operation, RealStorage, SimStorage};
 
     /// Everything that the table tells.
     type Told = (Vec<Option<Local>>, Vec<Option<FileId>>, TreeState);
 
     fn open(dir: &Path) -> Result<Table, TableError> {
-        Table::open(&RealStorage::open(dir).unwrap())
+        Table::open(Arc::new(RealStorage::open(dir).unwrap()))
     }
 
     fn read_all(dir: &Path) -> Result<Told, TableError> {
@@ -412,5 +489,47 @@ mod tests {
             }
         }
         assert!(refused > 10, "{refused}");
+    }
+
+    #[test]
+    fn a_disk_that_fails_and_works_again_leaves_a_table_that_works() {
+        let local = |ino| {
+            let handle = Handle::from_bytes(&[1, 0, 0, 0, 5, 6, 7, 8]).unwrap();
+            (sample_file(ino), Local { ino, handle })
+        };
+        let put = |table: &Table, inos: std::ops::Range<u64>| {
+            table.commit(&Changes { put: &inos.map(local).collect::<Vec<_>>(), ..Changes::default() })
+        };
+        for (operation, errno) in [
+            (Operation::Allocate, Errno::NOSPC),
+            (Operation::Write, Errno::DQUOT),
+            (Operation::Write, Errno::IO),
+            (Operation::SyncData, Errno::IO),
+        ] {
+            let storage = SimStorage::new(1);
+            let table = Table::open(Arc::new(storage.clone())).unwrap();
+            put(&table, 1..10).unwrap();
+            // The second one hits the attempt to open it again.
+            for _ in 0..2 {
+                storage.inject(Fault { operation, after: 0, errno });
+            }
+            // So many that the file has to grow.
+            let failed = put(&table, 10..20_000).expect_err("the disk failed");
+            assert_eq!(failed.is_no_space(), errno != Errno::IO, "{failed}");
+            if operation == Operation::Allocate {
+                assert_eq!(
+                    table.local(sample_file(5)).unwrap(),
+                    Some(local(5).1),
+                    "it can be read meanwhile"
+                );
+            }
+            while put(&table, 10..20_000).is_err() {}
+            for ino in [5, 15, 19_999] {
+                assert_eq!(table.local(sample_file(ino)).unwrap(), Some(local(ino).1), "{operation} {errno}");
+            }
+            drop(table);
+            let again = Table::open(Arc::new(storage.crash(3))).unwrap();
+            assert_eq!(again.local(sample_file(19_999)).unwrap(), Some(local(19_999).1));
+        }
     }
 }
