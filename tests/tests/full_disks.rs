@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::fs::{FallocateFlags, fallocate};
 use serde_json::Value;
 use twinfs_tests::loop_fs::{LoopFs, unmount};
 use twinfs_tests::ops::{Actor, Generator, Mix, Rng};
@@ -266,6 +267,11 @@ fn a_full_source_gives_its_own_errors_and_stays_mirrored() {
     };
     act(&pair, 200);
     let mut random = Rng(12);
+    // Data in every other block: to zero all of it takes room.
+    let sieve = File::create(mount.join("sieve")).unwrap();
+    for block in 0..2048 {
+        sieve.write_all_at(&random.bytes(4096), block * 8192).unwrap();
+    }
     for round in 0..3 {
         let path = mount.join(format!("flood {round}"));
         let file = File::create(&path).unwrap();
@@ -279,6 +285,9 @@ fn a_full_source_gives_its_own_errors_and_stays_mirrored() {
         };
         assert_eq!(failed.raw_os_error(), Some(rustix::io::Errno::NOSPC.raw_os_error()), "{failed}");
         assert_eq!(file.metadata().unwrap().len(), written, "what was answered is what is there");
+        // Contents of a range in which a call failed on the way are read again.
+        let failed = fallocate(&sieve, FallocateFlags::ZERO_RANGE, 2048 + round * 16384, 8 * MIB);
+        assert_eq!(failed, Err(rustix::io::Errno::NOSPC));
         act(&pair, 150);
         assert!(is_well(&pair.status("nyc")), "{:#}", pair.status("nyc"));
         pair.wait_status("nyc", "that nothing is behind", |status| status["behind_records"] == 0);

@@ -13,7 +13,8 @@ use twinfs_core::update::{Intent, Kind, Op};
 use crate::credentials::{Caller, SetId};
 use crate::errno::{FsError, Result};
 use crate::inode::NodeRef;
-use crate::mirror::{Mirror, Reserved, Target, attr, read_back};
+use crate::mirror::{Mirror, Reserved, Target, attr, read_back, unrecorded};
+use crate::ops::partial::may_be_partial;
 use crate::stripes::Guard;
 
 /// A file that a program has open.
@@ -161,6 +162,13 @@ impl Mirror {
         let attrs = std::iter::once((file.id, attr(&after))).collect();
         let (result, op, data) = match outcome {
             Ok((result, op, data)) if !matches!(op, Op::Write { len: 0, .. }) => (result, op, data),
+            // A plain write or copy changes nothing when it fails, or says how far it came.
+            Err(error) if may_be_partial(&error) && (data_bytes == 0 || file.synchronous) => {
+                drop((guard, lost));
+                self.publish_again(file, intent, pending)
+                    .map_err(|error| unrecorded("reading again what a change left that failed", error))?;
+                return Err(error);
+            }
             other => {
                 // ext4 sets the times before it finds that it cannot do what it was asked for.
                 if attr(&after) != attr(&before) {

@@ -4,5 +4,6 @@ pub(crate) mod attr;
 pub(crate) mod data;
 pub(crate) mod dir;
 pub(crate) mod namespace;
+pub(crate) mod partial;
 pub(crate) mod space;
 pub(crate) mod xattr;
