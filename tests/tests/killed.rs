@@ -13,9 +13,8 @@ use twinfs_tests::seed;
 const MIX: Mix = Mix { shifts: false, data_bytes_max: 200_000, single_calls: false, names: 8, depth: 3 };
 
 /// Changes the tree below `root` until it is told to stop, or nothing answers any more.
-fn work(root: &Path, seed: u64, stop: &AtomicBool) {
+fn work(root: &Path, mut actor: Actor, seed: u64, stop: &AtomicBool) {
     let mut generator = Generator::new(seed, MIX);
-    let mut actor = Actor::new(root);
     while !stop.load(Ordering::Relaxed) {
         let operation = generator.next_operation(root);
         if actor.apply(&operation) == Err(rustix::io::Errno::NOTCONN) {
@@ -39,7 +38,9 @@ fn rounds(test: &'static str, setup: impl Fn() -> Setup, link: Option<Link>) {
             std::thread::scope(|scope| {
                 for root in &roots {
                     let (seed, stop) = (random.next_u64(), &stop);
-                    scope.spawn(move || work(root, seed, stop));
+                    // Before the kill, however long a thread takes to start.
+                    let actor = Actor::new(root);
+                    scope.spawn(move || work(root, actor, seed, stop));
                 }
                 std::thread::sleep(Duration::from_millis(random.below(400)));
                 let mut killed = pair.primary.take().unwrap();
