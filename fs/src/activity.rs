@@ -81,6 +81,16 @@ impl Activity {
         map
     }
 
+    /// Names what a killed run left in the sidefile: its log may have lacked the last of that, and it is shipped only now.
+    pub fn name_queued(&self, capture: &Capture) {
+        for (volume, map) in (0..).map(VolumeIndex).zip(capture.touched_by_queue()) {
+            for (file, _) in map.objects() {
+                // If the log cannot take it, nothing is shipped, and that is said there.
+                drop(self.log.touch(volume, std::iter::once(file)));
+            }
+        }
+    }
+
     /// Has eras end, and go when both sites have what they name.
     ///
     /// # Errors

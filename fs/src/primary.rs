@@ -265,6 +265,7 @@ impl Running {
         let mark = MarkKeeper::start(site.clone(), Arc::clone(&capture))?;
         let opened = open_mirrors(&state, &arguments.mirrored, &order, sources, &recorder)?;
         let source = Source { site: &site, activity: &activity, opened: &opened };
+        activity.name_queued(&capture);
         let covered = start::take_up(&capture, &last_run, suspended, &source)?;
         if suspended.is_some() {
             tracing::error!(reason, "the session is SUSPENDED: the mount works, but nothing is mirrored");

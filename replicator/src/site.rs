@@ -11,11 +11,14 @@
 //!   copy/VOLUME         primary: where a stopped initial copy goes on
 //!   activity/           primary: files touched since the last point that both sites have for good
 //!   journal/            replica: record sets as received
+//!   journal.damaged-N/  replica: a journal that had rotted, for people to look at; twinfs does not need it any more
 //!   image/              replica: the plain trees
 //!   loss/EPOCH/         promoted site: what the promote gave up
 //!   control.sock        0600; what `status`, `promote` and the others talk to
 //!   identity/, authority/   see the crate `certs`
 //! ```
+
+mod repair;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
@@ -29,6 +32,7 @@ use twinfs_core::limits;
 use twinfs_core::session::{self, Role, SuspendReason};
 use twinfs_core::stamp::{Seq, Stamp, Timestamp};
 
+pub use self::repair::{Repair, RepairVolume};
 use crate::storage::{self, RealStorage, StorageError};
 
 /// The version of the control file that this program writes and reads.
@@ -105,6 +109,12 @@ pub struct State {
     /// When it did, by the system's clock: what changed since in a source, nobody captured. Zero if it never did.
     #[serde(default)]
     pub stopped_at: Timestamp,
+    /// A replica's journal was damaged, and what that lost is not there again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair: Option<Repair>,
+    /// How often a journal was put aside because it was damaged.
+    #[serde(default)]
+    pub journals_damaged: u64,
 }
 
 impl State {
@@ -123,6 +133,8 @@ impl State {
             suspended: None,
             clean: true,
             stopped_at: Timestamp::ZERO,
+            repair: None,
+            journals_damaged: 0,
         }
     }
 

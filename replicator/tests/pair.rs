@@ -20,7 +20,7 @@ use twinfs_replicator::primary::activity_log::{ActivityConfig, ActivityLog};
 use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
 use twinfs_replicator::primary::mover::{CopyProgress, Files, Primary, PrimaryParts, Replica as Peer};
 use twinfs_replicator::primary::sidefile::{Capture, Start, StartVolume, bytes_min};
-use twinfs_replicator::replica::driver::{PromoteMode, Replica, ReplicaConfig, StartError};
+use twinfs_replicator::replica::driver::{PromoteMode, Replica, ReplicaConfig};
 use twinfs_replicator::site::{SiteDir, State};
 use twinfs_replicator::storage::SimStorage;
 
@@ -71,10 +71,6 @@ fn write(capture: &Capture, ino: u64, text: &[u8]) {
 }
 
 fn start_replica(dir: &Path, identity: &Arc<Identity>, listen: &str) -> Replica {
-    try_start_replica(dir, identity, listen).unwrap()
-}
-
-fn try_start_replica(dir: &Path, identity: &Arc<Identity>, listen: &str) -> Result<Replica, StartError> {
     let site = SiteDir::new(dir);
     let first = State::new(Role::Replica, Epoch { number: 0, site: identity.id() });
     let state = site.state().unwrap().unwrap_or(first);
@@ -87,6 +83,7 @@ fn try_start_replica(dir: &Path, identity: &Arc<Identity>, listen: &str) -> Resu
         free_space_floor: 1 << 20,
         ordering: Ordering::ByStamp,
     })
+    .unwrap()
 }
 
 fn wait<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
@@ -195,13 +192,23 @@ fn what_is_published_is_shown_survives_restarts_and_can_be_promoted() {
 
     replica.stop();
     drop(replica);
-    // Without its journal it does not start: nobody could tell what its trees are as of.
+    // Without its journal it shows what its trees hold, and says so. (It is not told to anybody here.)
     std::fs::rename(chi.join("journal"), chi.join("away")).unwrap();
-    let refused = try_start_replica(&chi, &replica_identity, &listen).unwrap_err();
-    assert!(matches!(refused, StartError::Recovery(_)), "{refused}");
-    assert!(refused.to_string().contains("the journal has lost its end"), "{refused}");
+    let control_file = std::fs::read(chi.join("state.json")).unwrap();
+    for _ in 0..2 {
+        let damaged = start_replica(&chi, &replica_identity, "127.0.0.1:0");
+        let status = damaged.status().unwrap();
+        assert_eq!(status.session_state, "SUSPENDED");
+        let why = status.reason.unwrap();
+        assert!(why.starts_with("ERROR: the journal is damaged (the journal ends at group 0"), "{why}");
+        assert!(why.contains("is read again from the primary"), "{why}");
+        assert_eq!(shown(&damaged, 2).unwrap(), b"round 199");
+        damaged.stop();
+    }
+    assert!(chi.join("journal.damaged-1").exists() && !chi.join("journal.damaged-2").exists());
     std::fs::remove_dir_all(chi.join("journal")).unwrap();
     std::fs::rename(chi.join("away"), chi.join("journal")).unwrap();
+    std::fs::write(chi.join("state.json"), control_file).unwrap();
 
     // The replica goes and comes: it shows what it showed, and takes what it missed.
     write(&capture, 2, b"while the replica was away");

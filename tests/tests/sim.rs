@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use twinfs_core::session::receiver::Ordering as GroupOrdering;
 use twinfs_tests::seed;
-use twinfs_tests::sim::{Figures, Options, simulate};
+use twinfs_tests::sim::{Figures, Options, Rotted, simulate, simulate_rot};
 
 const TEST: &str = "crashes_of_the_replica_lose_nothing";
 
@@ -89,4 +89,34 @@ fn without_stamp_ordering_the_checks_object() {
     let options = Options { ordering: GroupOrdering::ByArrival, ..Options::default() };
     let broken = (0..20).filter(|seed| simulate(*seed, options).outcome.is_err()).count();
     assert!(broken > 10, "only {broken} of 20 seeds were found wrong");
+}
+
+const ROT: &str = "a_journal_that_rots_shows_nothing_that_never_was";
+
+#[test]
+fn a_journal_that_rots_shows_nothing_that_never_was() {
+    let seeds = match seed::number("TWINFS_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..seed::number("TWINFS_SEEDS").unwrap_or(1200),
+    };
+    let mut sum = Rotted::default();
+    for seed in seeds.clone() {
+        let rotted = simulate_rot(seed).unwrap_or_else(|why| {
+            panic!(
+                "seed {seed}: {why}\nreplay: TWINFS_SEED={seed} cargo test -p twinfs-tests --test sim -- --nocapture {ROT}"
+            )
+        });
+        sum.noticed += rotted.noticed;
+        sum.torn += rotted.torn;
+        sum.went_back += rotted.went_back;
+        sum.told += rotted.told;
+        sum.crashes += rotted.crashes;
+    }
+    println!("{seeds:?}: {sum:?}");
+    if seeds.end - seeds.start >= 1000 {
+        let least = (seeds.end - seeds.start) / 50;
+        assert!(sum.noticed > 10 * least && sum.torn > least && sum.went_back > least, "{sum:?}");
+        assert!(sum.told > sum.noticed, "a last batch that rotted is noticed by the primary: {sum:?}");
+        assert!(sum.crashes > least, "{sum:?}");
+    }
 }

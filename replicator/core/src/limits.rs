@@ -161,6 +161,9 @@ pub const JOURNAL_INDEX_CACHE_SETS: usize = 512;
 /// Default room that a journal leaves free on its file system, in bytes.
 pub const JOURNAL_FLOOR_BYTES_DEFAULT: u64 = 256 << 20;
 
+/// Damaged journals that stay, put aside, for a person to look at.
+pub const DAMAGED_JOURNALS_KEPT: u64 = 2;
+
 // The replica's image.
 
 /// `O_PATH` descriptors that the image keeps open.
@@ -240,7 +243,10 @@ const _: () = {
     assert!(KNOWN_HASHES_MAX >= IN_FLIGHT_SETS_MAX);
     assert!(HELD_BYTES_MAX >= 2 * IN_FLIGHT_BYTES_MAX);
     // A welcome with every volume and every set beyond a gap must fit a message.
-    assert!(VOLUMES_MAX * (LABEL_BYTES_MAX + 64 + 2 * PENDING_SETS_MAX) + 256 <= MESSAGE_BYTES_MAX);
+    assert!(
+        VOLUMES_MAX * (LABEL_BYTES_MAX + 64 + 2 * PENDING_SETS_MAX) + TEXT_BYTES_MAX + 256
+            <= MESSAGE_BYTES_MAX
+    );
     assert!(PENDING_SETS_MAX < u16::MAX as usize);
     assert!(NULL_SET_BYTES_MAX <= MESSAGE_BYTES_MAX && TEXT_BYTES_MAX <= u16::MAX as usize);
 };

@@ -20,11 +20,11 @@
 //!   1  hello            primary  protocol 2, session 16, site 16, label, epoch, incarnation 8, count 2, for each
 //!                                volume: label, instance 8, root file, state 1, point acknowledged, oldest and
 //!                                newest set that can still be sent 8 each
-//!   2  welcome          replica  epoch, role 1, group 8, consistency time 8, count 2, for each volume: label, member 1,
+//!   2  welcome          replica  epoch, role 1, group 8, consistency time 8, applied time 8, damage 1, text if not 0, count 2, for each volume: label, member 1,
 //!                                point durable, count 2, for each set beyond a gap: its number less the durable one 2
 //!   3  refuse           both     code 1, epoch flag 1, epoch if 1, text
 //!   4  ack              replica  volume 2, set number 8
-//!   5  progress         replica  group 8, consistency time 8
+//!   5  progress         replica  group 8, consistency time 8, applied time 8
 //!   6  null set         primary  an encoded record set without updates
 //!   7  tokens           primary  an encoded batch of write tokens
 //!   8  promote request  replica  –
@@ -34,8 +34,9 @@
 //!  12  bye              both     text
 //! ```
 //!
-//! Volume states are 0 pending, 1 copy, 2 duplex; roles 0 primary, 1 replica, 2 promoted, 3 fenced. A volume's 2-byte
-//! index is its place in the *welcome* of the connection.
+//! Volume states are 0 pending, 1 copy, 2 duplex; roles 0 primary, 1 replica, 2 promoted, 3 fenced. Damage is 0 none, 1 what
+//! the replica lacks was touched after its applied time, 2 it may lack anything. A volume's 2-byte index is its place in
+//! the *welcome* of the connection.
 
 mod codec;
 
@@ -52,7 +53,7 @@ use crate::stamp::Timestamp;
 /// Version of the byte form of the messages.
 pub const VERSION: u8 = 1;
 /// Version of the protocol: of what the messages mean and when they are sent.
-pub const PROTOCOL: u16 = 1;
+pub const PROTOCOL: u16 = 2;
 /// Bytes of a message's frame.
 pub const FRAME_BYTES: usize = 8;
 
@@ -135,8 +136,23 @@ pub struct Welcome {
     pub group: GroupNumber,
     /// Its consistency time.
     pub time: Timestamp,
+    /// As in [`Progress::applied`].
+    pub applied: Timestamp,
+    /// Acknowledged sets are gone: the primary has to adopt the places that this welcome names, and to send again what the
+    /// replica lacks.
+    pub damage: Option<Damage>,
     /// The volumes of the session. Their order defines the volume indices of this connection; names occur once.
     pub volumes: Vec<WelcomeVolume>,
+}
+
+/// Why a replica lacks what it once acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// Whether it may lack anything: it noticed that acknowledged sets are gone, and nothing tells how that came. Else it
+    /// has everything up to every instant that it called applied.
+    pub whole: bool,
+    /// What was found, for people.
+    pub why: Text,
 }
 
 /// What the replica holds of a volume.
@@ -224,6 +240,8 @@ pub struct Progress {
     pub group: GroupNumber,
     /// Its consistency time.
     pub time: Timestamp,
+    /// Every update up to this instant stands in its plain trees, durable: no damage to its journal takes that away.
+    pub applied: Timestamp,
 }
 
 /// Everything that was captured is acknowledged, and no write is let in.

@@ -17,7 +17,7 @@ use twinfs_core::session::receiver::{Ordering, Receiver, ReceiverState};
 use twinfs_core::session::sender::{Sender, SenderVolume};
 use twinfs_core::session::{ChainPoint, Role, SessionState};
 use twinfs_core::stamp::{Seq, Timestamp};
-use twinfs_core::wire::{Hello, RefuseCode, Welcome};
+use twinfs_core::wire::{Hello, PROTOCOL, RefuseCode, Welcome};
 
 const NOW: Timestamp = Timestamp(1000);
 
@@ -168,7 +168,7 @@ fn epochs_fence() {
 fn a_replica_is_paired_with_one_session_and_its_volumes() {
     let receiver = replica(&[]);
     let refused = |hello: Hello| receiver.handle_hello(&hello).map_err(|refuse| refuse.code).unwrap_err();
-    assert_eq!(refused(Hello { protocol: 2, ..hello() }), RefuseCode::Version);
+    assert_eq!(refused(Hello { protocol: PROTOCOL + 1, ..hello() }), RefuseCode::Version);
     assert_eq!(
         refused(Hello { session: SessionId::from_bytes([8; 16]), ..hello() }),
         RefuseCode::UnknownSession

@@ -237,12 +237,18 @@ fn null_sets_wait_for_the_sets_that_they_follow() {
     take(&mut receiver, &first);
     let plan = commit(&mut receiver);
     assert_eq!((plan.number, plan.time), (GroupNumber(1), Timestamp(25)));
-    assert_eq!(receiver.poll_progress(), Some(Progress { group: GroupNumber(1), time: Timestamp(25) }));
+    assert_eq!(
+        receiver.poll_progress(),
+        Some(Progress { group: GroupNumber(1), time: Timestamp(25), applied: Timestamp::ZERO })
+    );
     // Time goes on without a group.
     chain.last = second.point();
     offer(&mut receiver, &chain.null(29)).unwrap();
     assert_eq!(receiver.poll_group(), None);
-    assert_eq!(receiver.poll_progress(), Some(Progress { group: GroupNumber(1), time: Timestamp(29) }));
+    assert_eq!(
+        receiver.poll_progress(),
+        Some(Progress { group: GroupNumber(1), time: Timestamp(29), applied: Timestamp::ZERO })
+    );
     take(&mut receiver, &third);
     assert_eq!(commit(&mut receiver).time, Timestamp(30));
 }
@@ -435,7 +441,10 @@ fn a_restart_goes_on_within_a_set_and_misses_nothing() {
     // The fourth is beyond a gap, the first is older than the base.
     let mut receiver = restore(&[0, 1, 3]);
     receiver.check_restored().unwrap();
-    assert_eq!(receiver.progress(), Progress { group: GroupNumber(7), time: Timestamp(30) });
+    assert_eq!(
+        receiver.progress(),
+        Progress { group: GroupNumber(7), time: Timestamp(30), applied: Timestamp::ZERO }
+    );
     assert_eq!(receiver.view().volumes[0].durable, sets[1].point());
     let plan = commit(&mut receiver);
     assert_eq!((plan.number, plan.time), (GroupNumber(8), Timestamp(40)));

@@ -39,6 +39,8 @@ fn welcome(time: Timestamp) -> Welcome {
         role: Role::Replica,
         group: GroupNumber(0),
         time,
+        applied: Timestamp::ZERO,
+        damage: None,
         volumes: vec![volume(1), volume(0)],
     }
 }
@@ -207,7 +209,7 @@ fn idle_null_sets_back_off() {
 #[test]
 fn a_volume_is_a_member_when_its_mark_is_durable_and_shown() {
     let mut sender = connected();
-    let shows = |time| Progress { group: GroupNumber(time), time: Timestamp(time) };
+    let shows = |time| Progress { group: GroupNumber(time), time: Timestamp(time), applied: Timestamp::ZERO };
     assert_eq!(sender.session_state(), SessionState::Pending);
     sender.handle_copy_started(A).unwrap();
     sender.handle_copy_started(B).unwrap();

@@ -14,7 +14,7 @@ use twinfs_core::limits;
 use twinfs_core::session::{ChainPoint, Role, VolumeState};
 use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_core::wire::{
-    Ack, BadMessage, FRAME_BYTES, Frame, Hello, HelloVolume, Message, Progress, PromoteReady, Refuse,
+    Ack, BadMessage, Damage, FRAME_BYTES, Frame, Hello, HelloVolume, Message, Progress, PromoteReady, Refuse,
     RefuseCode, Text, Welcome, WelcomeVolume,
 };
 
@@ -94,13 +94,16 @@ fn welcome() -> impl Strategy<Value = Message> {
         WelcomeVolume { name: VolumeName::new("x").unwrap(), member, durable, beyond }
     });
     let role = select(vec![Role::Primary, Role::Replica, Role::Promoted, Role::Fenced]);
-    (epoch(), role, counter(), counter(), vec(volume, 0..6)).prop_map(
-        |(epoch, role, group, time, volumes)| {
+    let damage = option::of((any::<bool>(), text()).prop_map(|(whole, why)| Damage { whole, why }));
+    (epoch(), role, counter(), counter(), counter(), damage, vec(volume, 0..6)).prop_map(
+        |(epoch, role, group, time, applied, damage, volumes)| {
             Message::Welcome(Welcome {
                 epoch,
                 role,
                 group: GroupNumber(group),
                 time: Timestamp(time),
+                applied: Timestamp(applied),
+                damage,
                 volumes: named(volumes, |volume, name| volume.name = name),
             })
         },
@@ -129,8 +132,9 @@ fn message() -> impl Strategy<Value = Message> {
             text
         })),
         ack().prop_map(Message::Ack),
-        (counter(), counter()).prop_map(|(group, time)| {
-            Message::Progress(Progress { group: GroupNumber(group), time: Timestamp(time) })
+        (counter(), counter(), counter()).prop_map(|(group, time, applied)| {
+            let (group, time) = (GroupNumber(group), Timestamp(time));
+            Message::Progress(Progress { group, time, applied: Timestamp(applied) })
         }),
         vec(any::<u8>(), 0..limits::NULL_SET_BYTES_MAX)
             .prop_map(|bytes| Message::NullSet(Bytes::from(bytes))),
@@ -219,8 +223,15 @@ fn the_largest_welcome_fits() {
     });
     let epoch = Epoch { number: 3, site: SiteId::from_bytes([1; 16]) };
     let (group, time) = (GroupNumber(3), Timestamp(4));
-    let welcome =
-        Message::Welcome(Welcome { epoch, role: Role::Replica, group, time, volumes: volumes.collect() });
+    let welcome = Message::Welcome(Welcome {
+        epoch,
+        role: Role::Replica,
+        group,
+        time,
+        applied: time,
+        damage: Some(Damage { whole: true, why: Text::new("x".repeat(limits::TEXT_BYTES_MAX)) }),
+        volumes: volumes.collect(),
+    });
     let bytes = welcome.encode();
     assert!(bytes.len() <= limits::MESSAGE_BYTES_MAX);
     assert_eq!(Message::decode(&bytes), Ok(welcome));
@@ -237,8 +248,9 @@ fn lists_with_a_volume_twice_or_sets_out_of_order_are_refused() {
     let decode = |volumes| {
         let epoch = Epoch { number: 3, site: SiteId::from_bytes([1; 16]) };
         let (group, time) = (GroupNumber(3), Timestamp(4));
+        let (role, applied, damage) = (Role::Replica, time, None);
         Message::decode(
-            &Message::Welcome(Welcome { epoch, role: Role::Replica, group, time, volumes }).encode(),
+            &Message::Welcome(Welcome { epoch, role, group, time, applied, damage, volumes }).encode(),
         )
     };
     assert!(decode(vec![volume(&[2, 3])]).is_ok());

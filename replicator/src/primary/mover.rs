@@ -155,8 +155,8 @@ impl Primary {
         lock(&self.shared.board).clone()
     }
 
-    /// The instant up to which the replica has everything in committed groups; zero unless the session is DUPLEX. While
-    /// it is not, a group may lack what was let go, and what a resync has not brought yet.
+    /// The instant up to which the replica has everything in its plain trees; zero unless the session is DUPLEX. While it is
+    /// not, they may lack what was let go, and what a resync has not brought yet.
     #[must_use]
     pub fn both_have(&self) -> Timestamp {
         match self.capture.fill().suspended {

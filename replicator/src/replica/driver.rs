@@ -184,6 +184,10 @@ impl SiteStore for SiteDir {
         Ok(Arc::new(RealStorage::open(&Self::journal(self))?))
     }
 
+    fn set_journal_aside(&self, number: u64) -> Result<(), SiteError> {
+        Self::set_journal_aside(self, number)
+    }
+
     fn directory(&self) -> io::Result<&Path> {
         Ok(self.path())
     }

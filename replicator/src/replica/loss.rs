@@ -102,6 +102,9 @@ pub struct Report {
     pub sets: Vec<SetReport>,
     /// Why not all of them could be kept.
     pub sets_problem: Option<String>,
+    /// The site's journal was damaged, and what that lost was not there again: what was found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damage: Option<String>,
 }
 
 /// The totals of one volume.
@@ -194,6 +197,7 @@ pub(super) struct Circumstances {
     pub(super) shown: Timestamp,
     pub(super) group: u64,
     pub(super) heard_until: Option<Timestamp>,
+    pub(super) damage: Option<String>,
 }
 
 impl Report {
@@ -239,6 +243,7 @@ impl Report {
             gaps: loss.gaps.iter().take(limits::LOSS_GAPS_LISTED_MAX).map(gap).collect(),
             sets: Vec::new(),
             sets_problem: None,
+            damage: about.damage.clone(),
         }
     }
 
@@ -286,6 +291,11 @@ impl Report {
                 "Nothing is known of what the primary wrote after {}; all up to then is shown or listed.",
                 after.utc
             )),
+        }
+        if let Some(why) = &self.damage {
+            lines.push(format!(
+                "The journal here was damaged, so updates are lost that had come, and are not listed: {why}."
+            ));
         }
         if let Some(why) = &self.sets_problem {
             lines.push(format!("Not all data that came but could not be ordered is kept: {why}."));

@@ -13,4 +13,5 @@ pub mod image;
 pub mod journal;
 pub mod loss;
 mod recovery;
+mod repair;
 mod takeover;

@@ -57,6 +57,16 @@ pub enum RecoveryError {
         /// The last set that is there.
         last: SetNumber,
     },
+    /// The journal begins after groups that no checkpoint covers.
+    #[error(
+        "the journal begins at group {journal}, but the plain trees hold group {tree} only: its start is gone"
+    )]
+    Begun {
+        /// The first group of the journal.
+        journal: GroupNumber,
+        /// The last group of the checkpoint.
+        tree: GroupNumber,
+    },
     /// The plain trees hold a group whose COMMIT is not in the journal: its end, or all of it, is gone.
     #[error(
         "the journal ends at group {journal}, but the plain trees hold group {tree}: the journal has lost its end"
@@ -67,9 +77,35 @@ pub enum RecoveryError {
         /// The last group of the checkpoint.
         tree: GroupNumber,
     },
+    /// A checkpoint had begun to write groups that are not in the journal.
+    #[error(
+        "the journal ends at group {journal}, but a checkpoint had begun to write later ones into the plain trees"
+    )]
+    Torn {
+        /// The last group of the journal.
+        journal: GroupNumber,
+    },
     /// The image cannot take a group.
     #[error(transparent)]
     Image(#[from] ImageError),
+}
+
+impl RecoveryError {
+    /// Whether the journal is not what was written. What the disk or the system refuses is no damage.
+    pub(super) const fn is_damage(&self) -> bool {
+        match self {
+            Self::Journal(error) => error.is_damage(),
+            Self::Image(error) => matches!(error, ImageError::Gap { .. }),
+            Self::Volume(_) => false,
+            Self::Set { .. }
+            | Self::Contradiction(_)
+            | Self::Incomplete { .. }
+            | Self::Lost { .. }
+            | Self::Begun { .. }
+            | Self::Torn { .. }
+            | Self::Behind { .. } => true,
+        }
+    }
 }
 
 /// A record set that stands in the journal.
@@ -135,31 +171,30 @@ pub(super) fn restore(
     ordering: Ordering,
     now_ns: u64,
 ) -> Result<Restored, RecoveryError> {
-    let mut replay = Replay {
-        state,
-        image,
-        image_index,
-        tracked: state.received.iter().map(|_| Tracked::default()).collect(),
-        waiting: state.received.iter().map(|_| BTreeMap::new()).collect(),
-        group: GroupNumber(0),
-        time: Timestamp::ZERO,
-        now_ns,
-    };
-    for (_, name, volume) in image.volumes() {
-        if let Some(at) = state.received.iter().position(|received| received.name == name) {
-            replay.tracked[at].member = volume.member;
-            replay.tracked[at].through = volume.seq;
-        }
-    }
+    let mut replay = Replay::new(state, image, image_index, now_ns);
     for recovered in recovery {
-        match recovered? {
-            Recovered::Set { at, bytes } => replay.set(at, bytes)?,
-            Recovered::Standing(commit) => replay.standing(&commit)?,
-            Recovered::Commit(commit) => replay.commit(&commit)?,
-            Recovered::Withdrawn(withdrawn) => replay.withdrawn(&withdrawn)?,
-        }
+        replay.take(recovered?)?;
     }
     replay.finish(ordering)
+}
+
+/// Applies the groups of a damaged journal, as far as all that belongs to them is there. Returns the last commit of them,
+/// or of those that were trimmed.
+pub(super) fn salvage(
+    state: &State,
+    recovery: Recovery,
+    image: &Image,
+    image_index: &[VolumeIndex],
+    now_ns: u64,
+) -> Result<Option<Commit>, RecoveryError> {
+    let mut replay = Replay::new(state, image, image_index, now_ns);
+    for recovered in recovery {
+        match recovered.map_err(RecoveryError::from).and_then(|recovered| replay.take(recovered)) {
+            Err(error) if error.is_damage() => break,
+            taken => taken?,
+        }
+    }
+    Ok(replay.last)
 }
 
 /// A replica that has no journal yet.
@@ -180,10 +215,44 @@ struct Replay<'a> {
     waiting: Vec<BTreeMap<SetNumber, WaitingSet>>,
     group: GroupNumber,
     time: Timestamp,
+    /// The last commit of which everything was there.
+    last: Option<Commit>,
     now_ns: u64,
 }
 
-impl Replay<'_> {
+impl<'a> Replay<'a> {
+    fn new(state: &'a State, image: &'a Image, image_index: &'a [VolumeIndex], now_ns: u64) -> Self {
+        let mut replay = Self {
+            state,
+            image,
+            image_index,
+            tracked: state.received.iter().map(|_| Tracked::default()).collect(),
+            waiting: state.received.iter().map(|_| BTreeMap::new()).collect(),
+            group: GroupNumber(0),
+            time: Timestamp::ZERO,
+            last: None,
+            now_ns,
+        };
+        for (_, name, volume) in image.volumes() {
+            if let Some(at) = state.received.iter().position(|received| received.name == name) {
+                replay.tracked[at].member = volume.member;
+                replay.tracked[at].through = volume.seq;
+            }
+        }
+        replay
+    }
+
+    fn take(&mut self, recovered: Recovered) -> Result<(), RecoveryError> {
+        match recovered {
+            Recovered::Set { at, bytes } => self.set(at, bytes),
+            Recovered::Standing(commit) => self.standing(&commit),
+            Recovered::Commit(commit) => self.commit(&commit),
+            Recovered::Withdrawn(withdrawn) => self.withdrawn(&withdrawn),
+            // Whether it is missed turns out with the groups.
+            Recovered::Rotten => Ok(()),
+        }
+    }
+
     fn index(&self, name: &VolumeName) -> Result<usize, RecoveryError> {
         let found = self.state.received.iter().position(|received| received.name == *name);
         found.ok_or_else(|| RecoveryError::Volume(name.to_string()))
@@ -212,12 +281,17 @@ impl Replay<'_> {
     fn standing(&mut self, commit: &Commit) -> Result<(), RecoveryError> {
         for volume in &commit.volumes {
             let index = self.index(&volume.volume)?;
+            if self.have(self.image_index[index]) < volume.through {
+                let tree = self.image.checkpointed().group;
+                return Err(RecoveryError::Begun { journal: commit.group, tree });
+            }
             let tracked = &mut self.tracked[index];
             tracked.base = Some(base_of(volume));
             tracked.through = tracked.through.max(volume.through);
             tracked.member |= volume.member;
         }
         (self.group, self.time) = (commit.group, commit.time);
+        self.last = Some(commit.clone());
         Ok(())
     }
 
@@ -227,8 +301,7 @@ impl Replay<'_> {
             let index = self.index(&volume.volume)?;
             let image = self.image_index[index];
             let last = self.fold_into(&mut group, index, image, volume.through);
-            let have =
-                self.image.volumes().iter().find(|(at, ..)| *at == image).map_or(Seq::ZERO, |v| v.2.seq);
+            let have = self.have(image);
             if last.max(have) < volume.through {
                 let volume = volume.volume.to_string();
                 return Err(RecoveryError::Incomplete { group: commit.group, volume, last: last.max(have) });
@@ -242,15 +315,21 @@ impl Replay<'_> {
             }
         }
         (self.group, self.time) = (commit.group, commit.time);
-        // A group that the checkpoint has already must not move the view back.
-        if commit.group > self.image.checkpointed().group {
+        // A group that shows already, in the checkpoint or above it, must not move the view back.
+        if commit.group > self.image.view().group() {
             self.image.apply_group(&group)?;
             failpoint::pass(FailPoint::Replayed);
             if self.image.checkpoint_due(self.now_ns) {
                 self.image.checkpoint()?;
             }
         }
+        self.last = Some(commit.clone());
         Ok(())
+    }
+
+    /// The last update of a volume that the image has.
+    fn have(&self, image: VolumeIndex) -> Seq {
+        self.image.volumes().iter().find(|(at, ..)| *at == image).map_or(Seq::ZERO, |(.., state)| state.seq)
     }
 
     /// Adds the updates of a volume up to `through` that the image lacks; returns the last update at hand.
@@ -275,6 +354,11 @@ impl Replay<'_> {
         let tree = self.image.checkpointed().group;
         if tree > self.group {
             return Err(RecoveryError::Behind { journal: self.group, tree });
+        }
+        // Until a repair is complete that is known.
+        let is_known = self.state.repair.as_ref().is_some_and(|repair| repair.torn);
+        if self.image.is_incomplete() && !is_known {
+            return Err(RecoveryError::Torn { journal: self.group });
         }
         let volumes = self.state.received.iter().zip(&self.tracked).map(|(received, tracked)| {
             let (base, base_end) = tracked.base.unwrap_or((ChainPoint::START, Timestamp::ZERO));

@@ -84,6 +84,12 @@ impl<O: Outlet> Engine<O> {
                 Err("no volume was ever complete here: there is nothing to promote".into()),
             );
         }
+        if let Some(repair) = self.state.repair.as_ref().filter(|repair| repair.torn) {
+            return decided(
+                self,
+                Err(format!("{}; until then there is no group to promote", super::repair::words(repair))),
+            );
+        }
         let peer = self.current.as_ref().map(|current| current.peer.name.to_string());
         match (mode, peer) {
             (PromoteMode::Plain, Some(peer)) => decided(
@@ -127,6 +133,7 @@ impl<O: Outlet> Engine<O> {
             shown: shown.time,
             group: shown.group.0,
             heard_until: self.last_heard,
+            damage: self.state.repair.as_ref().map(|repair| repair.why.clone()),
         };
         let mut report = Report::new(&loss, &knowledge, &about);
         let paths = Paths::new(self.locate(&loss), &knowledge);

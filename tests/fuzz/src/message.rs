@@ -9,8 +9,8 @@ use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_core::token::{Token, TokenBatch, encode_batch};
 use twinfs_core::update::sample_file;
 use twinfs_core::wire::{
-    Ack, FRAME_BYTES, Frame, Hello, HelloVolume, Message, Progress, PromoteReady, Refuse, RefuseCode, Text,
-    Welcome, WelcomeVolume,
+    Ack, Damage, FRAME_BYTES, Frame, Hello, HelloVolume, Message, Progress, PromoteReady, Refuse, RefuseCode,
+    Text, Welcome, WelcomeVolume,
 };
 
 use crate::sets::{changes, read_set, set};
@@ -67,6 +67,8 @@ pub(crate) fn message_seeds() -> Vec<Vec<u8>> {
             role: Role::Replica,
             group: GroupNumber(8),
             time: Timestamp(9),
+            applied: Timestamp(8),
+            damage: Some(Damage { whole: false, why: Text::new("rot") }),
             volumes: vec![WelcomeVolume {
                 name: name.clone(),
                 member: true,
@@ -76,7 +78,7 @@ pub(crate) fn message_seeds() -> Vec<Vec<u8>> {
         }),
         Message::Refuse(Refuse { code: RefuseCode::Fenced, epoch: Some(epoch), text: Text::new("no") }),
         Message::Ack(Ack { volume: VolumeIndex(1), number: SetNumber(12) }),
-        Message::Progress(Progress { group: GroupNumber(1), time: Timestamp(2) }),
+        Message::Progress(Progress { group: GroupNumber(1), time: Timestamp(2), applied: Timestamp(1) }),
         Message::NullSet(set(&[], 2, 0).bytes),
         Message::Tokens(batch.into()),
         Message::PromoteRequest,

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use twinfs_replicator::replica::engine::{OpenImage, SiteStore};
 use twinfs_replicator::replica::image::files::TreeStore;
@@ -24,11 +24,18 @@ pub(crate) enum Loss {
     Power(u64),
 }
 
+/// The directory of the journal, and which one was put aside last. That a directory has another name is durable at once.
+#[derive(Debug)]
+struct Journals {
+    current: SimStorage,
+    aside: u64,
+}
+
 /// Clones are the same machine.
 #[derive(Debug, Clone)]
 pub(crate) struct Machine {
     pub(crate) power: Power,
-    pub(crate) journal: SimStorage,
+    journals: Arc<Mutex<Journals>>,
     control: SimStorage,
     table: SimStorage,
     pub(crate) trees: SimFs,
@@ -39,7 +46,7 @@ impl Machine {
         let power = Power::default();
         let disk = |number| SimStorage::new(seed ^ number).powered_by(&power);
         Self {
-            journal: disk(1),
+            journals: Arc::new(Mutex::new(Journals { current: disk(1), aside: 0 })),
             control: disk(2),
             table: disk(3),
             trees: SimFs::new(&power),
@@ -59,13 +66,24 @@ impl Machine {
             Loss::Process => self.trees.restart(&power),
             Loss::Power(seed) => self.trees.crash(seed, &power),
         };
+        let current = disk(&self.journal_disk(), 1).powered_by(&power);
+        let aside = self.journals().aside;
         Self {
-            journal: disk(&self.journal, 1).powered_by(&power),
+            journals: Arc::new(Mutex::new(Journals { current, aside })),
             control: disk(&self.control, 2).powered_by(&power),
             table: disk(&self.table, 3).powered_by(&power),
             trees,
             power,
         }
+    }
+
+    fn journals(&self) -> MutexGuard<'_, Journals> {
+        self.journals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The directory of the journal.
+    pub(crate) fn journal_disk(&self) -> SimStorage {
+        self.journals().current.clone()
     }
 
     /// The control file, if there is one, as the site directory of production reads it.
@@ -100,7 +118,19 @@ impl SiteStore for Machine {
     }
 
     fn journal(&self) -> Result<Arc<dyn Storage>, StorageError> {
-        Ok(Arc::new(self.journal.clone()))
+        Ok(Arc::new(self.journal_disk()))
+    }
+
+    fn set_journal_aside(&self, number: u64) -> Result<(), SiteError> {
+        if self.power.is_off() {
+            let source = io::ErrorKind::BrokenPipe.into();
+            return Err(SiteError::Io { action: "rename", path: "journal".into(), source });
+        }
+        let mut journals = self.journals();
+        if journals.aside < number {
+            *journals = Journals { current: SimStorage::new(number).powered_by(&self.power), aside: number };
+        }
+        Ok(())
     }
 
     fn directory(&self) -> io::Result<&Path> {
@@ -108,6 +138,6 @@ impl SiteStore for Machine {
     }
 
     fn free_bytes(&self) -> u64 {
-        self.journal.free_bytes().unwrap_or(0)
+        self.journal_disk().free_bytes().unwrap_or(0)
     }
 }

@@ -14,4 +14,5 @@ mod replica;
 mod tree;
 mod world;
 
+pub use world::rot::{Rotted, simulate_rot};
 pub use world::{Figures, Options, Run, simulate};

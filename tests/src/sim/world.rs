@@ -1,5 +1,7 @@
 //! Everything that happens, in the order of virtual time.
 
+pub(crate) mod rot;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};

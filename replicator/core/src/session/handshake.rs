@@ -17,6 +17,8 @@ pub struct ReplicaView {
     pub paired: Option<(SessionId, Epoch)>,
     /// What it is.
     pub role: Role,
+    /// Acknowledged sets are gone: whatever the primary remembers, it has to go on from where this replica stands.
+    pub damaged: bool,
     /// Its volumes, in its own order, which never changes: new ones come last.
     pub volumes: Vec<ReplicaVolume>,
 }
@@ -86,7 +88,7 @@ pub fn answer(view: &ReplicaView, hello: &Hello) -> Result<Adoption, Refuse> {
     let mut volumes = Vec::new();
     for theirs in &hello.volumes {
         if let Some(ours) = view.volumes.iter().find(|ours| ours.name == theirs.name) {
-            check_known(ours, theirs).map_err(|(code, text)| refuse(code, text))?;
+            check_known(ours, theirs, view.damaged).map_err(|(code, text)| refuse(code, text))?;
             continue;
         }
         if theirs.acked != ChainPoint::START || theirs.oldest > SetNumber(1) {
@@ -108,12 +110,19 @@ pub fn answer(view: &ReplicaView, hello: &Hello) -> Result<Adoption, Refuse> {
     Ok(Adoption { session: hello.session, epoch: hello.epoch, volumes, changes })
 }
 
-fn check_known(ours: &ReplicaVolume, theirs: &HelloVolume) -> Result<(), (RefuseCode, String)> {
+fn check_known(
+    ours: &ReplicaVolume,
+    theirs: &HelloVolume,
+    damaged: bool,
+) -> Result<(), (RefuseCode, String)> {
     let name = &ours.name;
     if (ours.instance, ours.root) != (theirs.instance, theirs.root) {
         let text =
             format!("volume {name} is another tree than the one mirrored here: it was restored or replaced");
         return Err((RefuseCode::Diverged, text));
+    }
+    if damaged {
+        return Ok(());
     }
     if ours.durable.number == theirs.acked.number && ours.durable != theirs.acked {
         let text = format!("volume {name}: record set {} is another one here", ours.durable.number);

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 
 use super::{
-    Ack, BadMessage, FRAME_BYTES, Frame, Hello, HelloVolume, Message, Progress, PromoteReady, Refuse,
+    Ack, BadMessage, Damage, FRAME_BYTES, Frame, Hello, HelloVolume, Message, Progress, PromoteReady, Refuse,
     RefuseCode, Text, VERSION, Welcome, WelcomeVolume,
 };
 use crate::id::{
@@ -36,7 +36,7 @@ const fn payload_len_max(tag: u8) -> Option<usize> {
         HELLO | WELCOME | TOKENS => limits::MESSAGE_BYTES_MAX - FRAME_BYTES,
         REFUSE => 26 + 2 + limits::TEXT_BYTES_MAX,
         ACK => 10,
-        PROGRESS => 16,
+        PROGRESS => 24,
         NULL_SET => limits::NULL_SET_BYTES_MAX,
         PROMOTE_REQUEST => 0,
         PROMOTE_READY => 10 + 10 * limits::VOLUMES_MAX,
@@ -97,6 +97,7 @@ fn put_payload(out: &mut Vec<u8>, message: &Message) -> u8 {
         Message::Progress(progress) => {
             put_u64(out, progress.group.0);
             put_u64(out, progress.time.0);
+            put_u64(out, progress.applied.0);
             PROGRESS
         }
         Message::NullSet(bytes) => {
@@ -153,6 +154,14 @@ fn put_welcome(out: &mut Vec<u8>, welcome: &Welcome) {
     out.push(welcome.role as u8);
     put_u64(out, welcome.group.0);
     put_u64(out, welcome.time.0);
+    put_u64(out, welcome.applied.0);
+    match &welcome.damage {
+        None => out.push(0),
+        Some(damage) => {
+            out.push(1 + u8::from(damage.whole));
+            put_text(out, &damage.why);
+        }
+    }
     put_count(out, welcome.volumes.len());
     for volume in &welcome.volumes {
         put_label(out, volume.name.as_str());
@@ -218,7 +227,8 @@ pub(super) fn decode(tag: u8, payload_len: u32, payload: &[u8]) -> Result<Messag
         }),
         ACK => Message::Ack(r.ack()?),
         PROGRESS => {
-            Message::Progress(Progress { group: GroupNumber(r.counter()?), time: Timestamp(r.counter()?) })
+            let (group, time) = (GroupNumber(r.counter()?), Timestamp(r.counter()?));
+            Message::Progress(Progress { group, time, applied: Timestamp(r.counter()?) })
         }
         NULL_SET => Message::NullSet(Bytes::copy_from_slice(r.rest())),
         TOKENS => Message::Tokens(Bytes::copy_from_slice(r.rest())),
@@ -367,10 +377,16 @@ impl<'a> Reader<'a> {
         let role = Role::from_u8(self.u8()?).ok_or(BadMessage::Malformed("an unknown role"))?;
         let group = GroupNumber(self.counter()?);
         let time = Timestamp(self.counter()?);
+        let applied = Timestamp(self.counter()?);
+        let damage = match self.u8()? {
+            0 => None,
+            kind @ 1..=2 => Some(Damage { whole: kind == 2, why: self.text()? }),
+            _ => return Err(BadMessage::Malformed("an unknown kind of damage")),
+        };
         let count = self.count(limits::VOLUMES_MAX)?;
         let volumes = (0..count).map(|_| self.welcome_volume()).collect::<Result<Vec<_>, _>>()?;
         check_names_occur_once(volumes.iter().map(|volume| &volume.name))?;
-        Ok(Welcome { epoch, role, group, time, volumes })
+        Ok(Welcome { epoch, role, group, time, applied, damage, volumes })
     }
 
     fn welcome_volume(&mut self) -> Result<WelcomeVolume, BadMessage> {

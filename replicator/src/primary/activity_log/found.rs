@@ -114,14 +114,14 @@ pub(super) fn gather(
 }
 
 /// What one file says.
-struct Said {
-    entries: Vec<Entry>,
-    everything: bool,
+pub(super) struct Said {
+    pub(super) entries: Vec<Entry>,
+    pub(super) everything: bool,
     start: Timestamp,
 }
 
 /// Reads the file of an era. What cannot be read stands for everything.
-fn read_era(
+pub(super) fn read_era(
     storage: &Arc<dyn Storage>,
     session: SessionId,
     name: &str,

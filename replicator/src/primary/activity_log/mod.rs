@@ -83,6 +83,7 @@ mod error;
 mod format;
 mod found;
 mod keeper;
+mod named;
 mod set;
 mod writer;
 
@@ -100,6 +101,7 @@ pub use error::ActivityError;
 pub use format::{ACTIVITY_MAGIC, ACTIVITY_VERSION};
 pub use found::Found;
 pub use keeper::{Keeper, KeeperParts, KeeperThread};
+pub use named::Named;
 
 use crate::storage::{Storage, StorageError};
 use set::{Batch, EraSet, Line};

@@ -6,6 +6,7 @@
 //!
 //! After a batch of inputs call [`Engine::settle`], and again at the [`Wake`] that [`Engine::next_wake`] tells.
 
+mod damage;
 mod examine;
 mod handover;
 mod resync;

@@ -121,6 +121,9 @@ impl<O: Outlet> Engine<O> {
     /// The chain begins again where the replica stands: what was captured and is not there is given up.
     fn take_restart(&mut self) {
         let Some(last_seqs) = self.sender.poll_restart() else { return };
+        if let Some(damage) = self.sender.poll_damage() {
+            self.note_damage(&damage);
+        }
         tracing::warn!(
             "the replica stands elsewhere in the chain than this site remembers: it will be resynced"
         );

@@ -9,12 +9,12 @@ use super::{Connection, Engine, Outlet};
 use crate::status::{PeerStatus, Status, VolumeStatus, age_seconds};
 
 impl<O: Outlet> Engine<O> {
-    /// The instant up to which the replica has everything in committed groups; zero unless the session is DUPLEX. While
-    /// it is not, a group may lack what was let go, and what a resync has not brought yet.
+    /// The instant up to which the replica has everything in its plain trees; zero unless the session is DUPLEX. While it is
+    /// not, they may lack what was let go, and what a resync has not brought yet.
     #[must_use]
     pub fn both_have(&self) -> Timestamp {
         match self.sender.session_state() {
-            SessionState::Duplex if !self.capture.fill().suspended => self.sender.progress().time,
+            SessionState::Duplex if !self.capture.fill().suspended => self.sender.progress().applied,
             _ => Timestamp::ZERO,
         }
     }

@@ -33,6 +33,7 @@
 mod drain;
 mod layout;
 mod memory;
+mod queued;
 mod reserve;
 mod resume;
 mod survivors;

@@ -182,7 +182,8 @@ impl<O: Outlet> Engine<O> {
     // ---- checkpoints ----
 
     pub(super) fn checkpoint_if_due(&mut self, now: Reading) {
-        if !self.checkpointing && !self.must_trees_wait(now) && self.image.checkpoint_due(now.boot) {
+        let waits = self.is_rotten() || self.must_trees_wait(now);
+        if !self.checkpointing && !waits && self.image.checkpoint_due(now.boot) {
             self.start_checkpoint();
         }
     }
@@ -198,6 +199,8 @@ impl<O: Outlet> Engine<O> {
             Ok(()) => {
                 self.trees_written();
                 self.trim();
+                self.tell_written();
+                self.answer();
             }
             Err(error) => self.trees_failed(&error),
         }

@@ -9,6 +9,7 @@
 //! After a batch of inputs call [`Engine::settle`], and again whenever time has passed.
 
 mod groups;
+mod mending;
 mod status;
 mod trees;
 
@@ -32,8 +33,9 @@ use twinfs_core::wire::{Hello, Message, Refuse, RefuseCode, Text};
 
 use super::image::view::DataSource;
 use super::image::{Image, ImageError};
-use super::journal::{Journal, JournalConfig, JournalError};
+use super::journal::{Journal, JournalConfig, JournalError, JournalReader, ReadError};
 use super::recovery::{self, RecoveryError, Tracked};
+use super::repair;
 use super::takeover::Takeover;
 pub use super::takeover::{Asker, PromoteMode, Promoted, TakeoverNews};
 use crate::failpoint::{self, FailPoint};
@@ -105,6 +107,13 @@ pub trait SiteStore: Send {
     /// # Errors
     /// There is none on a file system of this machine.
     fn directory(&self) -> std::io::Result<&Path>;
+
+    /// Puts the journal's directory aside under that number, durably, if that was not done before: the next
+    /// [`journal`](Self::journal) is empty.
+    ///
+    /// # Errors
+    /// [`SiteError`]; it can be tried again.
+    fn set_journal_aside(&self, number: u64) -> Result<(), SiteError>;
 
     /// Bytes that are free on the journal's file system; zero if nobody knows.
     fn free_bytes(&self) -> u64;
@@ -188,14 +197,28 @@ pub struct Engine<O> {
 }
 
 /// The journal's reader, as the image wants it.
-#[derive(Debug)]
-struct JournalData(Mutex<Option<super::journal::JournalReader>>);
+#[derive(Debug, Default)]
+struct JournalData {
+    reader: Mutex<Option<JournalReader>>,
+    /// What was found to have rotted.
+    rot: Mutex<Option<String>>,
+}
+
+impl JournalData {
+    fn read_from(&self, reader: JournalReader) {
+        *lock(&self.reader) = Some(reader);
+    }
+}
 
 impl DataSource for JournalData {
     fn read(&self, at: twinfs_core::delta::DataRef, buf: &mut [u8]) -> std::io::Result<()> {
-        let reader = lock(&self.0).clone();
+        let reader = lock(&self.reader).clone();
         let reader = reader.ok_or(std::io::ErrorKind::NotFound)?;
-        reader.read(at, buf).map_err(std::io::Error::other)
+        let read = reader.read(at, buf);
+        if let Err(error @ ReadError::Set { .. }) = &read {
+            lock(&self.rot).get_or_insert_with(|| error.to_string());
+        }
+        read.map_err(std::io::Error::other)
     }
 }
 
@@ -205,25 +228,70 @@ impl<O: Outlet> Engine<O> {
     /// # Errors
     /// [`StartError`]
     pub fn recover(config: EngineConfig<O>, now: Reading) -> Result<Self, StartError> {
-        let EngineConfig { store, state, own_site, journal: journal_config, ordering, open_image, outlet } =
-            config;
+        let EngineConfig {
+            store,
+            mut state,
+            own_site,
+            journal: journal_config,
+            ordering,
+            open_image,
+            outlet,
+        } = config;
+        if state.repair.as_ref().is_some_and(|repair| repair.setting_aside) {
+            repair::begin_journal(&*store, &mut state, journal_config)?;
+        }
         let opened = match state.session {
-            Some(session) => Some(Journal::open(store.journal()?, session, journal_config)?),
+            Some(session) => Some(Journal::open(store.journal()?, session, journal_config)),
             None => None,
         };
-        let (journal, recovery) = opened.unzip();
-        let data = Arc::new(JournalData(Mutex::new(journal.as_ref().map(Journal::reader))));
+        if let Some(Err(error)) = &opened
+            && !error.is_damage()
+        {
+            return Err(error.clone().into());
+        }
+        let data = Arc::new(JournalData::default());
+        if let Some(Ok((journal, _))) = &opened {
+            data.read_from(journal.reader());
+        }
         let image = Arc::new(open_image(Arc::clone(&data) as _)?);
         let image_index = state
             .received
             .iter()
             .map(|volume| image.add_volume(&volume.name, volume.root))
             .collect::<Result<Vec<_>, _>>()?;
-        let restored = match recovery {
-            Some(recovery) => recovery::restore(&state, recovery, &image, &image_index, ordering, now.boot)?,
-            None => recovery::fresh(&state, ordering),
+        if state.repair.as_ref().is_some_and(|repair| repair.torn) {
+            image.hide()?;
+        }
+        let restore = |state: &State, recovery| {
+            recovery::restore(state, recovery, &image, &image_index, ordering, now.boot)
         };
-        Ok(Self {
+        let restored = match opened {
+            None => Ok((None, recovery::fresh(&state, ordering))),
+            Some(Ok((journal, recovery))) => {
+                restore(&state, recovery).map(|restored| (Some(journal), restored))
+            }
+            Some(Err(error)) => Err(RecoveryError::from(error)),
+        };
+        let (journal, mut restored) = match restored {
+            // A promoted site has no primary that could send again what is missing.
+            Err(found) if found.is_damage() && state.role == Role::Replica => {
+                let parts = (&*image, &image_index[..]);
+                let read_from = |reader| data.read_from(reader);
+                let store = &*store;
+                repair::set_aside(store, &mut state, parts, journal_config, &found, now.boot, read_from)?;
+                if state.repair.as_ref().is_some_and(|repair| repair.torn) {
+                    image.hide()?;
+                }
+                let session = state.session.expect("a journal belongs to a session");
+                let (journal, recovery) = Journal::open(store.journal()?, session, journal_config)?;
+                data.read_from(journal.reader());
+                let restored = restore(&state, recovery)?;
+                (Some(journal), restored)
+            }
+            restored => restored?,
+        };
+        repair::go_on(&state, &mut restored.receiver);
+        let mut engine = Self {
             store,
             outlet,
             own_site,
@@ -250,7 +318,10 @@ impl<O: Outlet> Engine<O> {
             last_error: None,
             last_peer: None,
             data,
-        })
+        };
+        engine.end_repair();
+        engine.tell_written();
+        Ok(engine)
     }
 
     /// What the replica shows.
@@ -287,6 +358,8 @@ impl<O: Outlet> Engine<O> {
     pub fn settle(&mut self, now: Reading) {
         self.append_waiting();
         self.commit();
+        self.end_repair();
+        self.notice_rot();
         self.checkpoint_if_due(now);
         self.advance_takeover(now);
     }
@@ -404,7 +477,14 @@ impl<O: Outlet> Engine<O> {
             let text = why.to_owned();
             return self.refuse_with(id, RefuseCode::Failed, text);
         }
-        let adoption = match self.receiver.handle_hello(hello) {
+        let mut answer = self.receiver.handle_hello(hello);
+        if let Err(refuse) = &answer
+            && refuse.code == RefuseCode::Lost
+            && self.note_lost_end(hello, refuse.text.as_str())
+        {
+            answer = self.receiver.handle_hello(hello);
+        }
+        let adoption = match answer {
             Ok(adoption) => adoption,
             Err(refuse) => return self.refuse(id, refuse),
         };
@@ -449,7 +529,7 @@ impl<O: Outlet> Engine<O> {
         self.tracked.extend(adoption.volumes.iter().map(|_| Tracked::default()));
         if self.journal.is_none() {
             let (journal, _) = Journal::open(self.store.journal()?, adoption.session, self.journal_config)?;
-            *lock(&self.data.0) = Some(journal.reader());
+            self.data.read_from(journal.reader());
             self.journal = Some(journal);
         }
         failpoint::pass(FailPoint::Adopted);

@@ -6,6 +6,7 @@ use twinfs_core::stamp::Timestamp;
 use super::{Engine, Outlet};
 use crate::primary::clock::Reading;
 use crate::replica::journal::Journal;
+use crate::replica::repair;
 use crate::status::{PeerStatus, Status, VolumeStatus, age_seconds};
 
 impl<O: Outlet> Engine<O> {
@@ -23,6 +24,14 @@ impl<O: Outlet> Engine<O> {
             (_, Role::Promoted) => ("SUSPENDED", Some("promoted, without a replica of its own".to_owned())),
             (Some((why, true)), _) => ("SUSPENDED", Some(format!("ERROR: {why}"))),
             (Some((why, false)), _) => ("SUSPENDED", Some(format!("JOURNAL: {why}"))),
+            (None, _) if self.state.repair.is_some() => {
+                let words = self.state.repair.as_ref().map(repair::words).unwrap_or_default();
+                // Once the primary has begun with it, it is a resync as any other.
+                match self.receiver.damage() {
+                    Some(_) => ("SUSPENDED", Some(format!("ERROR: {words}"))),
+                    None => ("RESYNC", Some(words)),
+                }
+            }
             _ if all == 0 => ("PENDING", None),
             _ if self.receiver.volumes().any(|(volume, ..)| self.receiver.is_resyncing(volume)) => {
                 ("RESYNC", None)

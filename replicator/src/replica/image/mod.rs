@@ -167,6 +167,8 @@ struct State {
     checkpointed: TreeState,
     /// Since when there are updates that are neither in the tree nor frozen, in nanoseconds.
     live_since: Option<u64>,
+    /// The trees are of no group, and nothing shows.
+    hidden: bool,
 }
 
 /// What a checkpoint writes into one volume's tree.
@@ -256,6 +258,7 @@ impl Image {
             tree,
             required,
             live_since: None,
+            hidden: false,
         };
         let (checkpointing, shown) = (Mutex::new(()), Mutex::new(shown));
         let image = Self { dir, open_store, options, shared, checkpointing, state: Mutex::new(state), shown };
@@ -357,6 +360,43 @@ impl Image {
     #[must_use]
     pub fn view(&self) -> Arc<View> {
         Arc::clone(&lock(&self.shown))
+    }
+
+    /// Goes back to what the trees held after the last whole checkpoint, and shows nothing: groups are lost for good that
+    /// an interrupted one had begun to write. Groups can be applied, none is written into the trees. The caller remembers
+    /// this durably before it calls, and calls again after each start, until [`Image::reveal`].
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub fn hide(&self) -> Result<(), ImageError> {
+        let mut state = self.state();
+        let tree = state.tree.clone();
+        state.hidden = true;
+        for volume in &mut state.volumes {
+            let Some(held) = tree.volumes.get(&volume.view.name) else { continue };
+            volume.view.live = Delta::default();
+            (volume.view.frozen, volume.view.member) = (None, held.member);
+            (volume.seq, volume.bound_seq, volume.shows_from) = (held.seq, Seq::ZERO, Seq::ZERO);
+        }
+        (state.group, state.time, state.freezing) = (tree.group, tree.time, None);
+        (state.required, state.live_since) = (tree.clone(), None);
+        drop(self.show(&state));
+        // What is said of the trees from here on is told by other means.
+        Ok(self.shared.table.commit(&Changes { started: Some(&tree), ..Changes::default() })?)
+    }
+
+    /// Shows again: the groups that were applied since [`Image::hide`] say all of every object that may be half written.
+    pub fn reveal(&self) {
+        let mut state = self.state();
+        state.hidden = false;
+        drop(self.show(&state));
+    }
+
+    /// Whether everything that was applied stands in the trees, durably.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        let state = self.state();
+        !state.hidden && state.as_tree().volumes == state.checkpointed.volumes
     }
 
     /// Whether groups are still missing that an interrupted checkpoint had begun to write; until then nothing shows.
@@ -574,10 +614,11 @@ impl State {
     /// Whether every volume has what an interrupted checkpoint had begun to write. The number of the group does not count:
     /// groups without updates need not be durable.
     fn is_complete(&self) -> bool {
-        self.volumes.iter().all(|volume| {
-            let required = self.required.volumes.get(&volume.view.name);
-            required.is_none_or(|required| volume.seq >= required.seq)
-        })
+        !self.hidden
+            && self.volumes.iter().all(|volume| {
+                let required = self.required.volumes.get(&volume.view.name);
+                required.is_none_or(|required| volume.seq >= required.seq)
+            })
     }
 }
 

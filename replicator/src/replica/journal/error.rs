@@ -93,3 +93,22 @@ pub enum JournalError {
         bytes: u64,
     },
 }
+
+impl JournalError {
+    /// Whether the journal is not what was written. What the disk or the system refuses is no damage.
+    #[must_use]
+    pub const fn is_damage(&self) -> bool {
+        match self {
+            Self::Damaged { .. } | Self::Missing { .. } | Self::ForeignSession { .. } => true,
+            Self::Storage(_)
+            | Self::Full { .. }
+            | Self::TooManySegments { .. }
+            | Self::Poisoned
+            | Self::EntrySize { .. }
+            | Self::CommitOrder { .. }
+            | Self::BadCommit { .. }
+            | Self::UnknownVersion { .. }
+            | Self::SegmentSize { .. } => false,
+        }
+    }
+}

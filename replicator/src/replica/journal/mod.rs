@@ -19,7 +19,7 @@
 //!     56     16  salt: random
 //!     72     16  salt of the segment before it; zeros in the first one ever
 //!     88      8  number of the last group committed before it; zero if there was none
-//!     96     32  BLAKE3 over the 96 bytes before
+//!     96     32  BLAKE3 over the 96 bytes before, in every version
 //!                BATCHES, each at a multiple of 4096: entries one after the other, each at a multiple of 8
 //!      0      4  magic "TWJE"
 //!      4      1  kind: 1 record set, 2 commit, 3 standing commit, 4 withdrawal
@@ -82,6 +82,7 @@ mod entry;
 mod error;
 mod reader;
 mod recovery;
+mod salvage;
 mod segment;
 mod withdrawn;
 

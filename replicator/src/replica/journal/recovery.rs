@@ -63,7 +63,7 @@ pub(super) fn find(storage: &dyn Storage, session: SessionId) -> Result<FoundLog
 }
 
 /// Checks that a segment stands where it should.
-fn check_place(
+pub(super) fn check_place(
     segment: &Segment,
     number: u64,
     session: SessionId,
@@ -139,6 +139,8 @@ pub enum Recovered {
     Commit(Commit),
     /// Sets that were given back before count no longer; those that were trimmed are named, too.
     Withdrawn(Withdrawn),
+    /// Only if that was asked for: a record set stood here, and it has rotted.
+    Rotten,
 }
 
 /// Gives back the entries of a journal, one at a time, each verified. Holds one entry in memory. Nothing comes after
@@ -153,11 +155,20 @@ pub struct Recovery {
     last_commit: Option<Commit>,
     /// Whether nothing was given back yet.
     fresh: bool,
+    /// Whether record sets that have rotted are passed over.
+    lenient: bool,
 }
 
 impl Recovery {
     pub(super) const fn new(segments: VecDeque<Arc<Segment>>, end: EntryNumber, torn: bool) -> Self {
-        Self { segments, walk: None, end, torn, last_commit: None, fresh: true }
+        Self { segments, walk: None, end, torn, last_commit: None, fresh: true, lenient: false }
+    }
+
+    /// What can be read of the segments of a damaged journal: up to the first place at which nobody knows what stood
+    /// there. A record set that has rotted is passed over, as its header says what it was.
+    pub(super) fn lenient(segments: VecDeque<Arc<Segment>>) -> Self {
+        let end = EntryNumber(EntryNumber::RANGE.end);
+        Self { lenient: true, ..Self::new(segments, end, false) }
     }
 
     /// Whether the log ended with a torn batch: a crash came while it was written. What it held was never
@@ -188,6 +199,10 @@ impl Recovery {
             let entry = match walk.step()? {
                 Found::Entry(entry) => entry,
                 Found::Nothing => return Err(walk.segment.damaged(walk.at, "an entry is not there")),
+                Found::Junk(_) if self.lenient && walk.skip_set()? => {
+                    self.fresh = false;
+                    return Ok(Some(Recovered::Rotten));
+                }
                 Found::Junk(what) => return Err(walk.segment.damaged(walk.at, what)),
             };
             let segment = Arc::clone(&walk.segment);

@@ -131,6 +131,7 @@ impl Receiver {
             volume.tokens.drop_through(volume.through.min(volume.chain.last_seq));
         }
         self.group = planned.number;
+        self.tree_whole = false;
         self.visible = planned.time;
         self.progress_due |= self.connected;
         Ok(())

@@ -19,6 +19,7 @@
 
 mod group;
 mod known;
+mod repair;
 mod tokens;
 mod volume;
 
@@ -38,6 +39,7 @@ use crate::token::Token;
 use crate::wire::{Ack, Hello, Progress, PromoteReady, Refuse, Welcome, WelcomeVolume};
 
 pub use group::{GroupPlan, GroupSet, GroupVolume};
+pub use repair::Repair;
 pub use tokens::BareTokens;
 use volume::{Held, Place, Volume};
 
@@ -214,6 +216,11 @@ pub struct Receiver {
     acks: BTreeSet<Ack>,
     progress_due: bool,
     out_of_order: u64,
+    repair: Option<Repair>,
+    /// The plain trees hold everything up to here.
+    tree_time: Timestamp,
+    /// The plain trees hold everything that is visible.
+    tree_whole: bool,
 }
 
 impl Receiver {
@@ -236,6 +243,9 @@ impl Receiver {
             acks: BTreeSet::new(),
             progress_due: false,
             out_of_order: 0,
+            repair: None,
+            tree_time: Timestamp::ZERO,
+            tree_whole: false,
         }
     }
 
@@ -282,7 +292,8 @@ impl Receiver {
             root: volume.root,
             durable: volume.durable,
         });
-        ReplicaView { paired: self.paired, role: self.role, volumes: volumes.collect() }
+        let damaged = self.damage().is_some();
+        ReplicaView { paired: self.paired, role: self.role, damaged, volumes: volumes.collect() }
     }
 
     /// The sets of a volume past a gap in what is durable that are durable too.
@@ -302,14 +313,16 @@ impl Receiver {
 
     /// What the primary has no longer of the sets beyond gaps: a process that was killed had made them, and its next one
     /// makes others in their places. They are dropped here; make that durable before
-    /// [`handle_connected`](Self::handle_connected). Everything that was appended must be durable.
+    /// [`handle_connected`](Self::handle_connected). Everything that was appended must be durable. While there is a
+    /// [`damage`](Self::damage) to tell, the primary will not go on with any of them.
     pub fn withdraw(&mut self, hello: &Hello) -> Vec<(VolumeIndex, Vec<SetNumber>)> {
         let mut withdrawn = Vec::new();
+        let damaged = self.damage().is_some();
         for (index, volume) in (0..).map(VolumeIndex).zip(&mut self.volumes) {
             let Some(theirs) = hello.volumes.iter().find(|theirs| theirs.name == volume.name) else {
                 continue;
             };
-            let (numbers, freed) = volume.withdraw(theirs.newest);
+            let (numbers, freed) = volume.withdraw(if damaged { SetNumber(0) } else { theirs.newest });
             self.held_bytes -= freed;
             if !numbers.is_empty() {
                 withdrawn.push((index, numbers));
@@ -354,6 +367,8 @@ impl Receiver {
             role: self.role,
             group: self.group,
             time: self.visible,
+            applied: self.progress().applied,
+            damage: self.damage().cloned(),
             volumes: volumes.collect(),
         }
     }
@@ -453,7 +468,8 @@ impl Receiver {
     /// What is visible.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        Progress { group: self.group, time: self.visible }
+        let applied = if self.tree_whole { self.visible } else { self.tree_time };
+        Progress { group: self.group, time: self.visible, applied }
     }
 
     /// Takes write tokens of a volume. Those whose updates are in committed groups are dropped at once, and those

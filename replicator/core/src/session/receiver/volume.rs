@@ -61,7 +61,7 @@ struct PendingNull {
 /// A time in which a volume is not whole.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Resync {
-    /// Stamp time of its mark.
+    /// After the last instant up to which the volume had delivered everything before its mark.
     pub(super) begin: Timestamp,
     /// Stamp time of the mark that says that the volume is whole again, once that is here.
     pub(super) end: Option<Timestamp>,
@@ -299,10 +299,11 @@ impl Volume {
             self.chain =
                 ChainPoint { number: self.chain.number.next(), hash: next.hash, last_seq: next.last_seq };
             self.chain_end = next.end;
+            let known_until = self.frontier;
             self.frontier = self.frontier.max(next.end);
             self.hashes.push_back(next.hash);
             let (meta, grouped) = (Arc::clone(&next.meta), next.grouped);
-            self.take_marks(&meta, grouped);
+            self.take_marks(&meta, grouped, known_until);
             if self.hashes.len() > limits::KNOWN_HASHES_MAX {
                 self.hashes.pop_front();
             }
@@ -318,15 +319,19 @@ impl Volume {
         Ok(())
     }
 
-    /// Notes where the volume is, and is not, whole.
-    fn take_marks(&mut self, meta: &SetMeta, grouped: usize) {
+    /// Notes where the volume is, and is not, whole. `known_until` is the instant up to which it had delivered everything
+    /// before.
+    fn take_marks(&mut self, meta: &SetMeta, grouped: usize, mut known_until: Timestamp) {
         for (update, _) in &meta.updates[grouped..] {
             let time = update.stamp.time;
+            let before = std::mem::replace(&mut known_until, time);
             match update.op {
                 Op::Resync => {
                     // A resync that was interrupted begins again: it is one.
                     if self.resyncs.last().is_none_or(|last| last.end.is_some()) {
-                        self.resyncs.push(Resync { begin: time, end: None });
+                        // What was let go before the mark came after the last instant that is known.
+                        let begin = Timestamp(before.0.saturating_add(1));
+                        self.resyncs.push(Resync { begin, end: None });
                     }
                     if !self.member {
                         self.complete = None;
@@ -424,8 +429,12 @@ impl Volume {
     /// say, of sets past a gap too, and null sets.
     pub(super) fn bounds(&self) -> impl Iterator<Item = (Seq, Timestamp)> {
         let sets = self.sets.values();
-        let of_sets =
-            sets.flat_map(|held| [(Seq(held.first_seq.0 - 1), held.start), (held.last_seq, held.end)]);
+        // Where a resync begins, updates were let go that have no number.
+        let starts = |held: &Held| !matches!(held.meta.updates[0].0.op, Op::Resync);
+        let of_sets = sets.flat_map(move |held| {
+            let start = starts(held).then_some((Seq(held.first_seq.0 - 1), held.start));
+            start.into_iter().chain([(held.last_seq, held.end)])
+        });
         let null = self.null.iter().map(|null| (null.last_seq, null.end));
         of_sets.chain(null).chain([(self.chain.last_seq, self.frontier)])
     }

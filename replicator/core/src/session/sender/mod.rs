@@ -27,7 +27,9 @@ use crate::limits;
 use crate::session::handshake::{self, KnownChain, ResumeError};
 use crate::session::{ChainPoint, Role, SessionState, SuspendReason, VolumeState};
 use crate::stamp::{Seq, Stamp, Timestamp};
-use crate::wire::{Ack, Hello, HelloVolume, PROTOCOL, Progress, PromoteReady, Refuse, RefuseCode, Welcome};
+use crate::wire::{
+    Ack, Damage, Hello, HelloVolume, PROTOCOL, Progress, PromoteReady, Refuse, RefuseCode, Welcome,
+};
 pub use types::{
     Adopted, Backlog, Behind, ChainLink, IssuedSet, NeedsResync, Released, SenderConfig, SenderError,
     SenderVolume,
@@ -70,6 +72,7 @@ pub struct Sender<H> {
     /// A change map names all that the replica may lack, wherever it stands.
     covered: Option<Timestamp>,
     restarted: Option<Vec<Seq>>,
+    damage: Option<Damage>,
     diverged: bool,
     fenced: Option<Epoch>,
 }
@@ -101,6 +104,7 @@ impl<H: Clone> Sender<H> {
             needs_resync: false,
             covered: None,
             restarted: None,
+            damage: None,
             diverged: false,
             fenced: None,
         };
@@ -180,6 +184,7 @@ impl<H: Clone> Sender<H> {
     pub fn handle_welcome(&mut self, now: Timestamp, welcome: &Welcome) -> Result<(), ResumeError> {
         self.handle_disconnected();
         let wire = match self.check_welcome(welcome) {
+            _ if welcome.damage.is_some() => self.restart(now, welcome)?,
             Err(error) if self.is_covered(welcome) && error.is_about_the_past() => {
                 self.restart(now, welcome)?
             }
@@ -193,7 +198,7 @@ impl<H: Clone> Sender<H> {
             }
         }
         self.wire = wire;
-        self.progress = Progress { group: welcome.group, time: welcome.time };
+        self.progress = Progress { group: welcome.group, time: welcome.time, applied: welcome.applied };
         self.update_states();
         // What is acknowledged among them is skipped when its turn comes.
         self.transmit = self.order.iter().map(|set| (set.volume, set.number)).collect();
@@ -327,7 +332,8 @@ impl<H: Clone> Sender<H> {
     /// The replica says what it shows. What comes late, behind something newer, is ignored.
     pub fn handle_progress(&mut self, progress: Progress) {
         let known = self.progress;
-        if self.is_connected() && (known.group, known.time) < (progress.group, progress.time) {
+        let rank = |progress: &Progress| (progress.group, progress.time, progress.applied);
+        if self.is_connected() && rank(&known) < rank(&progress) {
             self.progress = progress;
             self.update_states();
         }

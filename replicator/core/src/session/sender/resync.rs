@@ -17,7 +17,7 @@ use crate::id::VolumeIndex;
 use crate::session::handshake::ResumeError;
 use crate::session::{ChainPoint, SuspendReason, VolumeState};
 use crate::stamp::{Seq, Timestamp};
-use crate::wire::Welcome;
+use crate::wire::{Damage, Welcome};
 
 impl<H: Clone> Sender<H> {
     /// Says that a change map names all that a replica of this session may lack, wherever in the chain it stands: after a
@@ -54,6 +54,12 @@ impl<H: Clone> Sender<H> {
             if theirs.member {
                 // Its copy was complete, though this site does not remember.
                 ours.state = VolumeState::Duplex;
+            } else if welcome.damage.is_some() {
+                // It may have joined, and that is lost.
+                ours.complete = None;
+                if ours.state != VolumeState::Pending {
+                    ours.state = VolumeState::Copy;
+                }
             }
             ours.window = Window::new(theirs.durable, now);
             ours.forgotten = Vec::new();
@@ -65,6 +71,7 @@ impl<H: Clone> Sender<H> {
         self.order = VecDeque::new();
         self.span_bytes = 0;
         self.restarted = Some(last_seqs);
+        self.damage.clone_from(&welcome.damage);
         // Nothing goes on before the resync.
         self.suspended.get_or_insert(SuspendReason::Link);
         self.needs_resync = true;
@@ -75,6 +82,17 @@ impl<H: Clone> Sender<H> {
     /// captured next follows that, and what was captured before and not shipped belongs into the change map. Told once.
     pub fn poll_restart(&mut self) -> Option<Vec<Seq>> {
         self.restarted.take()
+    }
+
+    /// If the chain began again because the replica lost what it had acknowledged: what it says of that. The driver then
+    /// has to note in the change map what the replica may lack; nothing goes on before the resync. Told once.
+    pub fn poll_damage(&mut self) -> Option<Damage> {
+        self.damage.take()
+    }
+
+    /// Has a suspension for any reason be one that a resync ends.
+    pub fn suspend_for_resync(&mut self) {
+        self.suspended = Some(SuspendReason::Link);
     }
 
     /// Whether the session can only go on with a resync.
