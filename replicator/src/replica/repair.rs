@@ -9,7 +9,6 @@
 //! primary has sent again all that was touched since the last checkpoint: see [`Image::hide`].
 
 use twinfs_core::id::{GroupNumber, SetHash, SetNumber, VolumeIndex, VolumeName};
-use twinfs_core::limits;
 use twinfs_core::session::receiver::{self, Receiver};
 use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_core::wire::{Damage, Text};
@@ -170,7 +169,5 @@ pub(super) fn words(repair: &Repair) -> String {
         true => "nothing can be shown".to_owned(),
         false => format!("showing group {group}"),
     };
-    let text =
-        format!("the journal is damaged ({why}): {shown}; what is missing is read again from the primary");
-    Text::new(&text[..text.floor_char_boundary(limits::TEXT_BYTES_MAX)]).as_str().to_owned()
+    format!("the journal is damaged ({why}): {shown}; what is missing is read again from the primary")
 }
