@@ -240,8 +240,6 @@ impl Running {
         let session = state.session.context("the session was given an identity")?;
         let sources = open_sources(&arguments.mirrored)?;
         let order = session_order(&state, &arguments.mirrored);
-        let mut suspended = state.suspended;
-        let mut reason = suspended.map(|_| "since before the last stop".to_owned());
         let (capture, last_run) =
             open_sidefile(&site, session, &state, arguments.sidefile_bytes, order.len())?;
         let capture = Arc::new(capture);
@@ -259,9 +257,9 @@ impl Running {
             LastRun::Lost { .. } => activity.report(),
             LastRun::Clean(_) | LastRun::Killed { .. } => {}
         }
-        if let Some(why) = last_run.why_suspended() {
-            (suspended, reason) = (Some(SuspendReason::Link), Some(why.to_owned()));
-        }
+        let suspended = start::suspension(&state, &last_run);
+        let reason =
+            suspended.map(|_| last_run.why_suspended().unwrap_or("since before the last stop").to_owned());
         let mark = MarkKeeper::start(site.clone(), Arc::clone(&capture))?;
         let opened = open_mirrors(&state, &arguments.mirrored, &order, sources, &recorder)?;
         let source = Source { site: &site, activity: &activity, opened: &opened };
@@ -579,8 +577,6 @@ fn open_sidefile(
 ) -> anyhow::Result<(Capture, LastRun)> {
     let known = start::start_volumes(state, volumes);
     let mark = site.stamp_mark()?;
-    let limit = store::mark_after(mark, Reading::now());
-    site.save_stamp_mark(limit)?;
     let here = site.sidefile()?;
     for other in site.sidefiles()?.into_iter().filter(|path| *path != here) {
         if Capture::was_clean(&other) {
@@ -590,12 +586,17 @@ fn open_sidefile(
             std::fs::remove_file(&other).context("cannot remove an outdated sidefile")?;
         }
     }
+    let is_there = here.exists();
+    let clean = if is_there { Capture::was_clean(&here) && state.clean } else { state.clean };
+    let limit = start::stamp_limit(mark, is_there && !clean, Reading::now());
+    site.save_stamp_mark(limit)?;
     let start = |floor| Start { session, volumes: &known, floor, limit };
-    if !here.exists() {
-        let capture = Capture::create(&here, bytes, &start(mark))?;
-        return Ok((capture, if state.clean { LastRun::Clean(None) } else { LastRun::Lost { mark } }));
+    if !is_there && clean {
+        return Ok((Capture::create(&here, bytes, &start(mark))?, LastRun::Clean(None)));
     }
-    let clean = Capture::was_clean(&here) && state.clean;
+    if !is_there {
+        return Ok((Capture::create_after_loss(&here, bytes, &start(mark))?, LastRun::Lost { mark }));
+    }
     // A sidefile knows the last timestamp; the mark lies ahead of it.
     let (capture, survivors) = Capture::open(&here, &start(if clean { mark } else { Timestamp::ZERO }))?;
     Ok((capture, if clean { LastRun::Clean(Some(survivors)) } else { LastRun::Killed { survivors, mark } }))

@@ -12,7 +12,9 @@ use twinfs_core::session::sender::{IssuedSet, Sender, SenderConfig, SenderVolume
 use twinfs_core::session::{ChainPoint, SuspendReason};
 use twinfs_core::stamp::Timestamp;
 
+use super::clock::Reading;
 use super::sidefile::{Capture, LeftIntent, StartVolume, SurvivingChain, Survivors};
+use super::store;
 use crate::site::{State, VolumeState};
 
 /// How the run before this one ended.
@@ -65,6 +67,30 @@ impl LastRun {
             Self::Lost { .. } => Some("power failed: what may differ between the sites is read again"),
             Self::Clean(_) | Self::Killed { .. } => None,
         }
+    }
+}
+
+/// Below which instant the timestamps of a run stay that begins with a durable mark of `mark`: the mark to make durable first.
+///
+/// Without a sidefile (`knows_last` is false) the clock goes on from the mark. A sidefile knows the last timestamp; then the mark
+/// need not move for a run that may be killed at once, else a daemon that is started again and again drives it away from
+/// real time.
+#[must_use]
+pub fn stamp_limit(mark: Timestamp, knows_last: bool, clocks: Reading) -> Timestamp {
+    match knows_last {
+        true => mark.max(store::mark_after(Timestamp::ZERO, clocks)),
+        false => store::mark_after(mark, clocks),
+    }
+}
+
+/// Why a run begins suspended, if it does. What the control file says of that was true when the run before began; since then
+/// the sidefile knows better.
+#[must_use]
+pub fn suspension(state: &State, last_run: &LastRun) -> Option<SuspendReason> {
+    match last_run {
+        LastRun::Clean(_) => state.suspended,
+        LastRun::Killed { survivors, .. } if !survivors.dropped => None,
+        LastRun::Killed { .. } | LastRun::Lost { .. } => Some(SuspendReason::Link),
     }
 }
 
@@ -211,5 +237,40 @@ const fn is_passing(reason: SuspendReason) -> bool {
     match reason {
         SuspendReason::Link | SuspendReason::Lag | SuspendReason::Journal => true,
         SuspendReason::Operator | SuspendReason::Error => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use twinfs_core::id::{Epoch, SiteId};
+    use twinfs_core::session::Role;
+
+    fn killed(dropped: bool) -> LastRun {
+        let survivors = Survivors { volumes: Vec::new(), intents: Vec::new(), updates: 0, dropped };
+        LastRun::Killed { survivors, mark: Timestamp(7) }
+    }
+
+    #[test]
+    fn the_sidefile_knows_better_than_the_control_file_whether_something_was_dropped() {
+        let mut state = State::new(Role::Primary, Epoch { number: 1, site: SiteId::from_bytes([1; 16]) });
+        state.suspended = Some(SuspendReason::Lag);
+        assert_eq!(suspension(&state, &LastRun::Clean(None)), Some(SuspendReason::Lag));
+        // It began suspended, and went on since.
+        assert_eq!(suspension(&state, &killed(false)), None);
+        state.suspended = None;
+        assert_eq!(suspension(&state, &killed(true)), Some(SuspendReason::Link));
+        assert_eq!(suspension(&state, &LastRun::Lost { mark: Timestamp(7) }), Some(SuspendReason::Link));
+        assert_eq!(killed(true).lost_after(), Some(Timestamp(7)));
+        assert_eq!(killed(false).lost_after(), None);
+    }
+
+    #[test]
+    fn the_mark_does_not_run_away_from_a_daemon_that_is_started_again_and_again() {
+        let clocks = Reading { boot: 1, real: 1000 };
+        let first = stamp_limit(Timestamp::ZERO, false, clocks);
+        assert!(first.0 > 1000);
+        assert_eq!((0..100).fold(first, |mark, _| stamp_limit(mark, true, clocks)), first);
+        assert!(stamp_limit(first, false, clocks) > first, "without a sidefile the clock begins at the mark");
     }
 }

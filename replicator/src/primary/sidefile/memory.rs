@@ -27,7 +27,8 @@ fn memory(bytes: usize) -> Result<SharedMap, SidefileError> {
 }
 
 impl Capture {
-    /// Makes a sidefile of `bytes` bytes (a multiple of 8) in memory, which takes its time from `time`.
+    /// Makes a sidefile of `bytes` bytes (a multiple of 8) in memory, which takes its time from `time`. `lost` says that
+    /// updates of the run before were lost: see [`create_after_loss`](Self::create_after_loss).
     ///
     /// # Errors
     /// [`SidefileError::Io`]: the size is none, or there is no memory.
@@ -35,9 +36,10 @@ impl Capture {
         bytes: usize,
         time: Arc<dyn TimeSource>,
         start: &Start<'_>,
+        lost: bool,
     ) -> Result<Self, SidefileError> {
         let map = memory(bytes)?;
-        Self::format(&map, start);
+        Self::format(&map, start, lost);
         Self::over(Path::new(PATH), map, time, start)
     }
 

@@ -156,6 +156,8 @@ pub struct Capture {
     changes: resume::Changes,
     /// Why a part of the site directory cannot be written, in the order of [`SitePart`]. A lock is held for nothing else.
     troubles: [Mutex<Option<String>>; SITE_PARTS],
+    /// No earlier run gave a later timestamp out.
+    begun: Timestamp,
 }
 
 #[derive(Debug)]
@@ -292,6 +294,19 @@ impl Capture {
     /// # Errors
     /// [`SidefileError`]; a half-made file is removed.
     pub fn create(path: &Path, bytes: u64, start: &Start<'_>) -> Result<Self, SidefileError> {
+        Self::make(path, bytes, start, false)
+    }
+
+    /// As [`create`](Self::create), for a run that begins after a power loss: should it be killed before it has noted what
+    /// was lost, the sidefile says that updates are missing.
+    ///
+    /// # Errors
+    /// [`SidefileError`]; a half-made file is removed.
+    pub fn create_after_loss(path: &Path, bytes: u64, start: &Start<'_>) -> Result<Self, SidefileError> {
+        Self::make(path, bytes, start, true)
+    }
+
+    fn make(path: &Path, bytes: u64, start: &Start<'_>, lost: bool) -> Result<Self, SidefileError> {
         let fail = |source| SidefileError::Io { path: path.to_owned(), source };
         let size = usize::try_from(bytes).ok().filter(|_| bytes >= bytes_min());
         let size = size.ok_or(SidefileError::Size { bytes })?.next_multiple_of(PAGE_BYTES);
@@ -307,7 +322,7 @@ impl Capture {
             drop(std::fs::remove_file(path));
             fail(source)
         })?;
-        Self::format(&map, start);
+        Self::format(&map, start, lost);
         Self::over(path, map, Arc::new(SystemTime), start)
     }
 
@@ -327,7 +342,7 @@ impl Capture {
     }
 
     /// Writes the header of a new sidefile.
-    fn format(map: &SharedMap, start: &Start<'_>) {
+    fn format(map: &SharedMap, start: &Start<'_>, lost: bool) {
         let size = map.words().len() * WORD;
         let slots = (size - HEADER_BYTES) / (RING_BYTES_PER_SLOT + SLOT_BYTES);
         let ring_bytes = size - HEADER_BYTES - slots * SLOT_BYTES;
@@ -338,6 +353,7 @@ impl Capture {
         words[W_SESSION + 1].store(session_b, Ordering::Relaxed);
         words[W_SLOTS].store(slots as u64, Ordering::Relaxed);
         words[W_RING].store(ring_bytes as u64, Ordering::Relaxed);
+        words[W_DROPPED].store(u64::from(lost), Ordering::Relaxed);
         for (at, volume) in start.volumes.iter().enumerate() {
             let words = VolumeWords::of(map, at);
             words.set_acked(volume.acked, volume.end);
@@ -402,6 +418,8 @@ impl Capture {
         if last_seq.iter().any(|seq| seq.0 > u64::MAX / 2) || floor.0 > u64::MAX / 2 {
             return Err(damaged("it counts further than anybody can"));
         }
+        // The next run goes on from there, though this one may end before it gives any timestamp out.
+        words[W_LAST_TIME].fetch_max(floor.0, Ordering::Relaxed);
         words[W_CLEAN].store(0, Ordering::Release);
         Ok(Self {
             path: path.to_owned(),
@@ -434,6 +452,7 @@ impl Capture {
             troubles: [const { Mutex::new(None) }; SITE_PARTS],
             map,
             time,
+            begun: floor,
         })
     }
 
@@ -475,6 +494,16 @@ impl Capture {
     pub fn set_link_up(&self, up: bool) {
         self.link_up.store(up, Ordering::Relaxed);
         self.room.notify_all();
+    }
+
+    /// Whether a link drains the sidefile, as far as it was told.
+    pub fn is_link_up(&self) -> bool {
+        self.link_up.load(Ordering::Relaxed)
+    }
+
+    /// The share of the sidefile that is in use: of its bytes, or of its slots. Above three quarters writers are paced.
+    pub fn fullness(&self) -> f64 {
+        self.fill_of(&lock(&self.ring))
     }
 
     /// How full it is, and whether the session is suspended.
@@ -559,12 +588,17 @@ impl Capture {
     }
 
     fn suspend_locked(&self, ring: &mut Ring, overflow: Option<Overflow>) {
+        self.suspend_as_of(ring, overflow, None);
+    }
+
+    /// Suspends. Nothing was dropped up to `since`: by default, up to now.
+    fn suspend_as_of(&self, ring: &mut Ring, overflow: Option<Overflow>, since: Option<Timestamp>) {
         if ring.mode == Mode::Active {
             ring.mode = Mode::Suspended(overflow);
             self.map.words()[W_DROPPED].store(1, Ordering::Release);
             // Operations under way publish nothing either: what they would publish follows updates already dropped.
             let mut publish = lock(&self.publish);
-            publish.closed = Some(publish.clock.last());
+            publish.closed = Some(since.unwrap_or(publish.clock.last()));
             publish.poked = true;
             drop(publish);
             self.published.notify_all();

@@ -55,7 +55,8 @@ pub struct NotHeld;
 
 impl Capture {
     /// Suspends from the start, as an earlier run left it. `covered` says whether the maps that are merged name all that was
-    /// dropped since.
+    /// dropped since. That may have been right after the last timestamp of the earlier run, so no later instant is told as one
+    /// up to which nothing is missing.
     pub fn suspend_again(&self, reason: SuspendReason, covered: bool) {
         self.changes.lock().uncovered = !covered;
         let overflow = match reason {
@@ -63,7 +64,7 @@ impl Capture {
             SuspendReason::Lag | SuspendReason::Journal => Some(Overflow::TooSlow),
             SuspendReason::Operator | SuspendReason::Error => None,
         };
-        self.suspend_locked(&mut lock(&self.ring), overflow);
+        self.suspend_as_of(&mut lock(&self.ring), overflow, Some(self.begun));
     }
 
     /// Whether the change maps name all that was dropped.

@@ -1,5 +1,6 @@
 use super::*;
 use crate::primary::clock::Reading;
+use twinfs_core::session::SuspendReason;
 use twinfs_core::update::{self, Attr, Intent, Op, sample_file};
 
 const SESSION: SessionId = SessionId::from_bytes([7; 16]);
@@ -276,4 +277,37 @@ fn the_blocks_of_a_copy_with_holes_are_taken_again() {
     assert!(file.metadata().unwrap().blocks() * 512 < bytes);
     Capture::open(&path, &start(&[StartVolume::NEW; 2])).unwrap();
     assert!(file.metadata().unwrap().blocks() * 512 >= bytes);
+}
+
+#[test]
+fn a_run_that_ends_before_its_first_timestamp_takes_none_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sidefile");
+    let volumes = [StartVolume::NEW; 2];
+    // Ahead of real time, as after a power loss.
+    let mark = Timestamp(Reading::now().real + 10_000_000_000);
+    let late = Start { floor: mark, ..start(&volumes) };
+    drop(Capture::create_after_loss(&path, bytes_min(), &late).unwrap());
+    let (again, survivors) = Capture::open(&path, &start(&volumes)).unwrap();
+    assert!(again.now() > mark, "the clock went back");
+    assert!(survivors.dropped, "what was lost is not noted yet");
+}
+
+#[test]
+fn what_an_earlier_run_dropped_is_not_told_as_complete_up_to_now() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sidefile");
+    let volumes = [StartVolume::NEW; 2];
+    let capture = Capture::create(&path, bytes_min(), &start(&volumes)).unwrap();
+    let stamp = write(&capture, V, b"kept").unwrap();
+    capture.suspend();
+    assert_eq!(write(&capture, V, b"dropped"), None);
+    let dropped_at = capture.now();
+    drop(capture);
+    let (again, survivors) = Capture::open(&path, &start(&volumes)).unwrap();
+    assert!(survivors.dropped);
+    again.suspend_again(SuspendReason::Link, true);
+    let cut = again.cut(usize::MAX);
+    assert_eq!(cut.updates.last().map(|captured| captured.stamp), Some(stamp));
+    assert!((stamp.time..dropped_at).contains(&cut.end), "{:?} is not before {dropped_at:?}", cut.end);
 }
