@@ -12,6 +12,7 @@ use session_common::{
 use twinfs_core::delta::SetLocation;
 use twinfs_core::id::{Epoch, GroupNumber, SetNumber, SiteId, VolumeIndex, VolumeInstance};
 use twinfs_core::limits;
+use twinfs_core::loss::Loss;
 use twinfs_core::session::handshake::ResumeError;
 use twinfs_core::session::receiver::{Ordering, Receiver, ReceiverState, ReceiverVolume, Repair, SetRefusal};
 use twinfs_core::session::sender::{Sender, SenderVolume};
@@ -66,8 +67,7 @@ fn all_of_a_resync_becomes_one_group_on_every_volume() {
     let marked = [Change::write(10), Change::resync(20), Change::write(30)];
     take(&mut receiver, A, &a.set(&marked, 30));
     take(&mut receiver, B, &b.writes(&[15, 25]));
-    // What was let go before the mark may be as old as the last instant of which all is known.
-    assert_eq!(commit(&mut receiver), [(10, 1)], "what is known to be whole is shown");
+    assert_eq!(commit(&mut receiver), [(10, 1)], "what was let go before the mark may be as old as that");
     assert!(receiver.is_resyncing(A) && !receiver.is_resyncing(B));
     take(&mut receiver, A, &a.set(&[Change::write(40), Change::resync(50), Change::write(55)], 60));
     take(&mut receiver, B, &b.writes(&[41, 100]));
@@ -78,6 +78,24 @@ fn all_of_a_resync_becomes_one_group_on_every_volume() {
     take(&mut receiver, A, &a.set(&[Change::complete(97)], 120));
     assert_eq!(commit(&mut receiver), [(100, 3)]);
     assert!(!receiver.is_resyncing(A));
+}
+
+#[test]
+fn no_time_is_told_that_lies_between_what_was_let_go_and_the_mark() {
+    let mut receiver = Receiver::restore(state(1), Ordering::ByStamp);
+    let mut a = Chain::new(0);
+    take(&mut receiver, A, &a.set(&[Change::write(10)], 12));
+    assert_eq!(commit(&mut receiver), [(12, 1)]);
+    // Suspended right after that, for long; then the resync begins.
+    take(&mut receiver, A, &a.set(&[Change::resync(1000), Change::write(1001)], 1002));
+    assert_eq!(commit(&mut receiver), []);
+    assert_eq!(receiver.progress().time, Timestamp(12));
+    // A promote now must not say that it knows what happened up to the mark.
+    let knowledge: Vec<_> = receiver.knowledge().collect();
+    assert_eq!(Loss::of(Timestamp(12), &knowledge).unknown_after, Timestamp(12));
+    drop(knowledge);
+    take(&mut receiver, A, &a.set(&[Change::complete(1003)], 1003));
+    assert_eq!(commit(&mut receiver), [(1003, 3)]);
 }
 
 #[test]

@@ -5,16 +5,16 @@
 
 use twinfs_core::change_map::ChangeMap;
 use twinfs_core::id::VolumeIndex;
-use twinfs_core::session::SuspendReason;
 use twinfs_core::wire::Damage;
 
 use super::{Engine, Outlet};
+use crate::primary::sidefile::Overflow;
 
 impl<O: Outlet> Engine<O> {
     /// The replica's place was adopted because it lost something: suspends, and notes what that may be.
     pub(super) fn note_damage(&mut self, damage: &Damage) {
         if !self.capture.fill().suspended {
-            self.capture.suspend_again(SuspendReason::Link, true);
+            self.capture.suspend_while(Overflow::LinkDown);
         }
         // It waits for the scan as every resync does.
         if self.examining {

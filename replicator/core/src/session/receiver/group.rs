@@ -5,9 +5,10 @@
 //! group whose time reaches the mark, and up to whose time the volume itself has delivered everything, it joins: that
 //! group then holds all its updates up to the group's time, as of every other member.
 //!
-//! A member that is being resynced is not whole from its *resync* mark on until its *complete* mark. No group is cut in
-//! between, on any volume: everything up to the complete mark becomes one group, and until then the replica shows what
-//! it showed.
+//! A member that is being resynced is not whole until its *complete* mark: from the last instant on up to which it had delivered
+//! everything before the *resync* mark came, for what was let go since then has no stamp. No group is cut in between, on
+//! any volume: everything up to the complete mark becomes one group, and until then the replica shows what it showed, as of
+//! the time of which that was true.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -607,8 +607,8 @@ impl Receiver {
 
     /// A volume whose resync is all that stands before the next group, so that no room will ever come of one.
     fn stuck_resync(&self) -> Option<VolumeName> {
-        let begin = |volume: &Volume| volume.open_resync().is_some_and(|begin| self.visible.0 + 1 >= begin.0);
-        self.members().find(|volume| begin(volume)).map(|volume| volume.name.clone())
+        let is_next = |volume: &Volume| volume.open_resync().is_some_and(|whole| self.visible >= whole);
+        self.members().find(|volume| is_next(volume)).map(|volume| volume.name.clone())
     }
 
     /// Whether a set must be taken although the bound is reached, as without it no group could be formed: it is the

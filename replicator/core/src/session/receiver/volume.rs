@@ -47,6 +47,10 @@ impl Held {
     fn first_time(&self) -> Timestamp {
         self.meta.updates[0].0.stamp.time
     }
+
+    fn begins_resync(&self) -> bool {
+        matches!(self.meta.updates[0].0.op, Op::Resync)
+    }
 }
 
 /// A null set that waits for the sets that it follows.
@@ -61,8 +65,9 @@ struct PendingNull {
 /// A time in which a volume is not whole.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Resync {
-    /// After the last instant up to which the volume had delivered everything before its mark.
-    pub(super) begin: Timestamp,
+    /// The last instant up to which everything has come. What was let go before the mark may have happened right after it,
+    /// and has no stamp.
+    pub(super) whole: Timestamp,
     /// Stamp time of the mark that says that the volume is whole again, once that is here.
     pub(super) end: Option<Timestamp>,
 }
@@ -299,11 +304,11 @@ impl Volume {
             self.chain =
                 ChainPoint { number: self.chain.number.next(), hash: next.hash, last_seq: next.last_seq };
             self.chain_end = next.end;
-            let known_until = self.frontier;
-            self.frontier = self.frontier.max(next.end);
+            let before = self.frontier;
+            self.frontier = before.max(next.end);
             self.hashes.push_back(next.hash);
             let (meta, grouped) = (Arc::clone(&next.meta), next.grouped);
-            self.take_marks(&meta, grouped, known_until);
+            self.take_marks(&meta, grouped, before);
             if self.hashes.len() > limits::KNOWN_HASHES_MAX {
                 self.hashes.pop_front();
             }
@@ -319,19 +324,15 @@ impl Volume {
         Ok(())
     }
 
-    /// Notes where the volume is, and is not, whole. `known_until` is the instant up to which it had delivered everything
-    /// before.
-    fn take_marks(&mut self, meta: &SetMeta, grouped: usize, mut known_until: Timestamp) {
+    /// Notes where the volume is, and is not, whole. Before these updates it was, up to `whole`.
+    fn take_marks(&mut self, meta: &SetMeta, grouped: usize, mut whole: Timestamp) {
         for (update, _) in &meta.updates[grouped..] {
             let time = update.stamp.time;
-            let before = std::mem::replace(&mut known_until, time);
             match update.op {
                 Op::Resync => {
                     // A resync that was interrupted begins again: it is one.
                     if self.resyncs.last().is_none_or(|last| last.end.is_some()) {
-                        // What was let go before the mark came after the last instant that is known.
-                        let begin = Timestamp(before.0.saturating_add(1));
-                        self.resyncs.push(Resync { begin, end: None });
+                        self.resyncs.push(Resync { whole, end: None });
                     }
                     if !self.member {
                         self.complete = None;
@@ -347,18 +348,19 @@ impl Volume {
                 }
                 _ => {}
             }
+            whole = whole.max(time);
         }
     }
 
-    /// The time before the resync in which `time` falls; `time` itself if it falls in none.
+    /// The last instant before the resync in which `time` falls at which it was whole; `time` itself if it falls in none.
     pub(super) fn whole_at(&self, time: Timestamp) -> Timestamp {
-        let within = |resync: &&Resync| resync.begin <= time && resync.end.is_none_or(|end| time < end);
-        self.resyncs.iter().find(within).map_or(time, |resync| Timestamp(resync.begin.0 - 1))
+        let within = |resync: &&Resync| resync.whole < time && resync.end.is_none_or(|end| time < end);
+        self.resyncs.iter().find(within).map_or(time, |resync| resync.whole)
     }
 
-    /// The mark of its resync, if that has not come to an end.
+    /// The last instant before its resync at which it was whole, if that has not come to an end.
     pub(super) fn open_resync(&self) -> Option<Timestamp> {
-        self.resyncs.last().filter(|last| last.end.is_none()).map(|last| last.begin)
+        self.resyncs.last().filter(|last| last.end.is_none()).map(|last| last.whole)
     }
 
     /// A group of that time is committed.
@@ -429,12 +431,9 @@ impl Volume {
     /// say, of sets past a gap too, and null sets.
     pub(super) fn bounds(&self) -> impl Iterator<Item = (Seq, Timestamp)> {
         let sets = self.sets.values();
-        // Where a resync begins, updates were let go that have no number.
-        let starts = |held: &Held| !matches!(held.meta.updates[0].0.op, Op::Resync);
-        let of_sets = sets.flat_map(move |held| {
-            let start = starts(held).then_some((Seq(held.first_seq.0 - 1), held.start));
-            start.into_iter().chain([(held.last_seq, held.end)])
-        });
+        // Before a resync, updates were dropped that have no number.
+        let start = |held: &Held| (!held.begins_resync()).then_some((Seq(held.first_seq.0 - 1), held.start));
+        let of_sets = sets.flat_map(move |held| start(held).into_iter().chain([(held.last_seq, held.end)]));
         let null = self.null.iter().map(|null| (null.last_seq, null.end));
         of_sets.chain(null).chain([(self.chain.last_seq, self.frontier)])
     }
