@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use twinfs_core::change_map::ChangeMap;
+use twinfs_core::id::VolumeIndex;
 use twinfs_core::limits;
 use twinfs_core::session::{Role, SuspendReason, VolumeState};
 use twinfs_core::stamp::Seq;
@@ -141,7 +142,9 @@ impl<O: Outlet> Engine<O> {
         if self.capture.fill().suspended {
             self.abandon_resync(now);
         } else if states.into_iter().all(|state| state != Some(VolumeState::Resync)) {
-            self.volume_indices().for_each(|index| drop(self.files.stop_resync(index)));
+            // Not of one that is still being copied: its copy began again, and goes on.
+            let whole = |index: &VolumeIndex| self.sender.volume_state(*index) == Some(VolumeState::Duplex);
+            self.volume_indices().filter(whole).for_each(|index| drop(self.files.stop_resync(index)));
             self.resyncs = Resyncs::default();
             self.capture.settle_dropped();
             tracing::info!("the resync is complete: the replica shows it");
