@@ -178,8 +178,9 @@ impl<'a> VolumeCheckpoint<'a> {
         failpoint::pass(FailPoint::CheckpointContents);
         let bindings = self.detach_all()?;
         failpoint::pass(FailPoint::CheckpointDetached);
+        let wanted: HashSet<FileId> = bindings.iter().map(|binding| binding.file).collect();
         for binding in &bindings {
-            self.attach(binding)?;
+            self.attach(binding, &wanted)?;
             failpoint::pass(FailPoint::CheckpointAttach);
         }
         for (file, object) in self.delta.objects() {
@@ -483,16 +484,58 @@ impl<'a> VolumeCheckpoint<'a> {
     }
 
     /// Gives an object a name that is free: its name in staging moves there, or else it gets one more.
-    fn attach(&mut self, binding: &Binding<'_>) -> Result<(), ImageError> {
+    fn attach(&mut self, binding: &Binding<'_>, wanted: &HashSet<FileId>) -> Result<(), ImageError> {
         let Binding { dir, name, file } = binding;
         let aside = file.to_string();
-        match self.store.rename((&self.staging.handle, aside.as_bytes()), (&dir.handle, name)) {
+        let (from, to) = ((&self.staging.handle.clone(), aside.as_bytes()), (&dir.handle, *name));
+        match self.store.rename(from, to) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let local = self.local(*file)?.ok_or(ImageError::Missing(*file))?;
+                if self.stat(&local)?.is_some_and(|stat| stat.attr.kind() == Some(Kind::Dir)) {
+                    self.bring_out(*file, wanted)?;
+                    return Ok(self.store.rename(from, to)?);
+                }
                 Ok(self.store.link(&local.handle, &dir.handle, name)?)
             }
             result => Ok(result?),
         }
+    }
+
+    /// Takes a directory out of one that is in staging for good: a resync of everything does not tell what is gone, nor what
+    /// left it before.
+    fn bring_out(&mut self, file: FileId, wanted: &HashSet<FileId>) -> Result<(), ImageError> {
+        let (staging, aside) = (self.staging.handle.clone(), file.to_string());
+        while self.store.child(&staging, aside.as_bytes())?.is_none() {
+            let mut outer: Vec<Box<[u8]>> = Vec::new();
+            self.store.list(&staging, &mut |name, child| {
+                if child.kind == Kind::Dir {
+                    outer.push(name.into());
+                }
+            })?;
+            let stays = |name: &[u8]| {
+                let file = str::from_utf8(name).ok().and_then(|name| name.parse::<FileId>().ok());
+                file.is_some_and(|file| wanted.contains(&file))
+            };
+            outer.retain(|name| !stays(name));
+            let mut moved = false;
+            for name in outer {
+                let dir = self.store.child_local(&staging, &name)?;
+                let mut inner: Vec<(Box<[u8]>, Child)> = Vec::new();
+                self.store.list(&dir.handle, &mut |name, child| {
+                    if child.kind == Kind::Dir {
+                        inner.push((name.into(), child));
+                    }
+                })?;
+                for (name, child) in inner {
+                    self.detach(&dir, &name, child)?;
+                    moved = true;
+                }
+            }
+            if !moved {
+                return Err(ImageError::Missing(file));
+            }
+        }
+        Ok(())
     }
 
     fn set_attributes(&mut self, file: FileId, object: &ObjectDelta) -> Result<(), ImageError> {
