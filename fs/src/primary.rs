@@ -477,6 +477,11 @@ impl start::Source for Source<'_> {
         mirror.recover(left).context("cannot read again what the last run had under way")
     }
 
+    fn found(&self, left: &LeftIntent) -> anyhow::Result<Vec<FileId>> {
+        let mirror = &self.opened[left.volume.as_usize()].mirror;
+        mirror.found(left).context("cannot look up what the last run had under way")
+    }
+
     fn logged_changes(&self, volume: VolumeIndex) -> ChangeMap {
         self.activity.changes(&self.opened[volume.as_usize()].mirror, volume)
     }

@@ -60,6 +60,25 @@ impl Mirror {
         }
     }
 
+    /// What the names stand for now that an operation may have changed which was under way when the process was killed.
+    ///
+    /// # Errors
+    /// As [`recover`](Self::recover).
+    pub fn found(&self, left: &LeftIntent) -> Result<Vec<FileId>> {
+        let volume = self.volumes.iter().find(|volume| volume.index == left.volume).ok_or(FsError::NoNode)?;
+        let names = match left.intent() {
+            Intent::Names { first, second } => [Some(first), second],
+            _ => [None, None],
+        };
+        let mut found = Vec::new();
+        for (dir, name) in names.into_iter().flatten() {
+            if let Some(dir) = self.object(volume, dir)? {
+                found.extend(volume.child_if_any(&dir, name)?.map(|child| child.id));
+            }
+        }
+        Ok(found)
+    }
+
     /// Publishes an update about one object, with its attributes.
     fn publish_about(&self, target: &Target<'_>, op: &Op<&[u8]>) -> Result<()> {
         let file = target.node.id;

@@ -94,6 +94,9 @@ pub fn suspension(state: &State, last_run: &LastRun) -> Option<SuspendReason> {
     }
 }
 
+/// Share of the sidefile in use above which there may be no room to tell what was under way.
+const FULL: f64 = 0.5;
+
 /// What the file system layer knows and does when a run begins.
 pub trait Source {
     /// Why it cannot.
@@ -104,6 +107,12 @@ pub trait Source {
     /// # Errors
     /// The source cannot be read: then it is not known whether the replica can be kept exact.
     fn recover(&self, left: &LeftIntent) -> Result<(), Self::Error>;
+
+    /// What the names stand for now that an operation may have changed which was under way when the process was killed.
+    ///
+    /// # Errors
+    /// As [`recover`](Self::recover).
+    fn found(&self, left: &LeftIntent) -> Result<Vec<FileId>, Self::Error>;
 
     /// What may differ between the sites, by the activity log.
     fn logged_changes(&self, volume: VolumeIndex) -> ChangeMap;
@@ -135,7 +144,11 @@ pub fn take_up<S: Source>(
                 LastRun::Clean(_) => source.kept_changes(index)?,
                 LastRun::Killed { .. } | LastRun::Lost { .. } => {
                     let mut map = source.logged_changes(index);
-                    intents().filter(|left| left.volume == index).for_each(|left| note_left(&mut map, left));
+                    for left in intents().filter(|left| left.volume == index) {
+                        note_left(&mut map, left);
+                        // An object that was born with it stands in no log.
+                        source.found(left)?.into_iter().for_each(|file| map.note_whole(file));
+                    }
                     Some(map)
                 }
             };
@@ -145,6 +158,16 @@ pub fn take_up<S: Source>(
             }
         }
         capture.suspend_again(why, covered);
+    } else if capture.fullness() > FULL && intents().next().is_some() {
+        // What is told of one operation must not be cut off in its middle: it is noted, and read again.
+        for left in intents() {
+            let mut map = ChangeMap::default();
+            note_left(&mut map, left);
+            source.found(left)?.into_iter().for_each(|file| map.note_whole(file));
+            capture.merge_changes(left.volume, map);
+        }
+        capture.suspend_again(SuspendReason::Link, true);
+        covered = true;
     } else {
         intents().try_for_each(|left| source.recover(left))?;
     }

@@ -327,6 +327,8 @@ impl<O: Outlet> Engine<O> {
                 let resumed = self.sender.handle_welcome(self.capture.now(), &welcome);
                 self.check_fence();
                 resumed.map_err(|error| error.to_string())?;
+                // Noted before anything is let go: a run that is killed in between must know that the replica has it.
+                self.release();
                 while let Some(adopted) = self.sender.poll_adopted() {
                     self.capture.discard(adopted.volume, adopted.through);
                 }
@@ -339,7 +341,6 @@ impl<O: Outlet> Engine<O> {
                 }
                 self.last_error = None;
                 self.capture.set_link_up(true);
-                self.release();
                 // What was on its way may be lost, and a replica that was started anew remembers no tokens.
                 self.tokened = Timestamp::ZERO;
             }
