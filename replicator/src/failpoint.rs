@@ -144,7 +144,7 @@ pub fn pass(point: FailPoint) {
 /// Says that some thread observes passages, in place of a point to die at.
 const OBSERVED: u8 = u8::MAX;
 
-/// What is called for each passage.
+/// Hears of each place that a thread passes.
 pub type Observer = Rc<dyn Fn(FailPoint)>;
 
 thread_local! {

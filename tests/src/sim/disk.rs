@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use twinfs_replicator::replica::engine::{OpenImage, SiteStore};
 use twinfs_replicator::replica::image::files::TreeStore;
@@ -39,6 +39,8 @@ pub(crate) struct Machine {
     control: SimStorage,
     table: SimStorage,
     pub(crate) trees: SimFs,
+    /// A directory of the real machine, for the report of a promote.
+    reports: Arc<OnceLock<PathBuf>>,
 }
 
 impl Machine {
@@ -50,6 +52,7 @@ impl Machine {
             control: disk(2),
             table: disk(3),
             trees: SimFs::new(&power),
+            reports: Arc::default(),
             power: power.clone(),
         }
     }
@@ -73,6 +76,7 @@ impl Machine {
             control: disk(&self.control, 2).powered_by(&power),
             table: disk(&self.table, 3).powered_by(&power),
             trees,
+            reports: Arc::default(),
             power,
         }
     }
@@ -84,6 +88,17 @@ impl Machine {
     /// The directory of the journal.
     pub(crate) fn journal_disk(&self) -> SimStorage {
         self.journals().current.clone()
+    }
+
+    /// Another machine with the same on its disks; this one goes on.
+    pub(crate) fn fork(&self) -> Self {
+        self.again(Loss::Process)
+    }
+
+    /// Keeps reports of a promote in a real directory.
+    pub(crate) fn keep_reports(&self, dir: &Path) {
+        // All of a run are kept in one place.
+        let _ = self.reports.set(dir.to_owned());
     }
 
     /// The control file, if there is one, as the site directory of production reads it.
@@ -134,7 +149,7 @@ impl SiteStore for Machine {
     }
 
     fn directory(&self) -> io::Result<&Path> {
-        Err(io::ErrorKind::Unsupported.into())
+        self.reports.get().map(PathBuf::as_path).ok_or_else(|| io::ErrorKind::Unsupported.into())
     }
 
     fn free_bytes(&self) -> u64 {

@@ -1,8 +1,9 @@
 //! The simulator: a primary and a replica in one thread, over simulated disks, network and clock.
 //!
-//! The replica is the engine of production with its journal, control file, file table and image, over a disk whose
-//! power goes in the middle of any of its changes. The primary is the sender of production with a history that a model
-//! made up, and never fails. Everything random comes from one seed, so a run can be repeated byte by byte.
+//! The replica is the engine of production with its journal, control file, file table and image. The primary is the engine of
+//! production with its sidefile, activity log and start; in place of its file system stands a model. Each has a machine whose
+//! power goes in the middle of any change of its disks, and at any fail point. Everything random comes from one seed, so a
+//! run can be repeated byte by byte.
 //!
 //! `check` holds what must be true after every step.
 
@@ -14,5 +15,6 @@ mod replica;
 mod tree;
 mod world;
 
+pub use primary::Sabotage;
 pub use world::rot::{Rotted, simulate_rot};
 pub use world::{Figures, Options, Run, simulate};

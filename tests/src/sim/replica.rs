@@ -7,9 +7,10 @@ use std::sync::Arc;
 use twinfs_core::id::{Epoch, SiteId};
 use twinfs_core::session::Role;
 use twinfs_core::session::receiver::Ordering;
+use twinfs_core::stamp::Timestamp;
 use twinfs_replicator::primary::clock::Reading;
 use twinfs_replicator::replica::engine::{
-    Asker, ConnectionId, Engine, EngineConfig, Outlet, StartError, TakeoverNews,
+    Asker, ConnectionId, Engine, EngineConfig, Outlet, PromoteMode, StartError, TakeoverNews,
 };
 use twinfs_replicator::replica::image::{Image, ImageOptions};
 use twinfs_replicator::replica::journal::JournalConfig;
@@ -27,6 +28,7 @@ pub(crate) enum Wish {
     Say(ConnectionId, Vec<u8>),
     Close(ConnectionId),
     Checkpoint,
+    Decided(Result<Timestamp, String>),
 }
 
 /// Takes the engine's wishes, as long as the power is on.
@@ -58,7 +60,11 @@ impl Outlet for Post {
         true
     }
 
-    fn tell(&mut self, _: Asker, _: TakeoverNews) {}
+    fn tell(&mut self, _: Asker, news: TakeoverNews) {
+        if let TakeoverNews::Decided(decided) = news {
+            self.put(Wish::Decided(decided.map(|promoted| promoted.time)));
+        }
+    }
 }
 
 /// How it is set up.
@@ -93,6 +99,16 @@ impl Replica {
         };
         let engine = Engine::recover(config, reading(now))?;
         Ok(Self { machine: machine.clone(), engine, wishes })
+    }
+
+    /// Promotes it whatever the primary does. Returns the consistency time that it goes on from.
+    pub(crate) fn promote(&mut self, now: u64) -> Result<Timestamp, String> {
+        self.engine.handle_promote(Asker(1), PromoteMode::Forced, reading(now));
+        let decided = self.take_wishes().into_iter().find_map(|wish| match wish {
+            Wish::Decided(decided) => Some(decided),
+            Wish::Say(..) | Wish::Close(_) | Wish::Checkpoint => None,
+        });
+        decided.unwrap_or_else(|| Err("nothing was decided".to_owned()))
     }
 
     pub(crate) fn take_wishes(&self) -> Vec<Wish> {

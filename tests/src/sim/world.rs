@@ -5,12 +5,15 @@ pub(crate) mod rot;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
 use twinfs_certs::Site;
+use twinfs_core::format::UnverifiedSet;
 use twinfs_core::model::Random;
 use twinfs_core::session::receiver::Ordering;
+use twinfs_core::stamp::Timestamp;
 use twinfs_core::wire::Message;
 use twinfs_replicator::replica::engine::ConnectionId;
 use twinfs_replicator::replica::image::ImageOptions;
@@ -19,10 +22,11 @@ use super::check::acknowledged;
 use super::check::atomicity::Atomicity;
 use super::check::bounds::Bounds;
 use super::check::convergence;
+use super::check::loss::{self, Sent};
 use super::check::prefix::Prefix;
 use super::disk::{Loss, Machine};
 use super::network::{Network, Packet, Side};
-use super::primary::{self, Primary};
+use super::primary::{self, Primary, Sabotage};
 use super::replica::{Replica, Setup, Wish, reading};
 
 const MS: u64 = 1_000_000;
@@ -36,17 +40,28 @@ const RECOVERIES_MAX: u32 = 60;
 pub struct Options {
     /// Operations of programs at the primary, at least.
     pub operations: u64,
-    /// Crashes of the replica, at least.
+    /// Crashes of either side, at least.
     pub crashes: u64,
+    /// Whether the primary loses its power too, and not only its process.
+    pub primary_power: bool,
     /// How the replica forms groups: other than by stamps only to see that the checks object.
     pub ordering: Ordering,
+    /// How the primary, or a check, is broken: only to see that the checks object.
+    pub sabotage: Sabotage,
     /// Whether the text of the trace is kept; its hash always is.
     pub text: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { operations: 300, crashes: 20, ordering: Ordering::ByStamp, text: false }
+        Self {
+            operations: 300,
+            crashes: 20,
+            primary_power: false,
+            ordering: Ordering::ByStamp,
+            sabotage: Sabotage::Nothing,
+            text: false,
+        }
     }
 }
 
@@ -57,6 +72,16 @@ pub struct Figures {
     pub operations: u64,
     /// Crashes of the replica: of its process, and of its power.
     pub crashes: [u64; 2],
+    /// Crashes of the primary: of its process, and of its power.
+    pub primary_crashes: [u64; 2],
+    /// Crashes of the primary in the middle of a start.
+    pub in_start: u64,
+    /// Changes of programs that a power loss took.
+    pub changes_lost: u64,
+    /// Times that the sidefile was full, or that a start began suspended.
+    pub suspensions: u64,
+    /// Loss reports that were compared with the truth, and the updates listed in them.
+    pub reports: [u64; 2],
     /// Crashes in the middle of a recovery.
     pub in_recovery: u64,
     /// Crashes in the middle of a checkpoint.
@@ -86,7 +111,9 @@ pub struct Run {
 
 enum Event {
     Operate,
+    Chores,
     Wake,
+    StartPrimary,
     Deliver { link: u64, to: Side, packet: Packet },
     Settle { life: u64 },
     Checkpoint { life: u64 },
@@ -111,7 +138,17 @@ struct World {
     network: Network,
     wake_at: Option<u64>,
     operate_gap_ns: u64,
+    /// How long the link stays down at most when it breaks.
+    outage_ns: u64,
     crash_gap: u64,
+    /// Whether the run ends with a forced promote.
+    promotes: bool,
+    sent: Sent,
+    /// Loss reports are kept here; made when there is the first.
+    reports: Option<tempfile::TempDir>,
+    suspended: bool,
+    /// The primary may crash: its copies are complete.
+    armed: bool,
     /// Whether the next crash was brought forward, because crashes are behind.
     hurried: bool,
     /// When the last trouble was.
@@ -136,10 +173,12 @@ pub fn simulate(seed: u64, options: Options) -> Run {
 impl World {
     fn new(seed: u64, options: Options) -> Self {
         let mut random = Random::new(seed);
-        let primary = Primary::new(&mut random);
+        let primary = Primary::new(&mut random, options.sabotage);
         let network = Network::new(&mut random);
         let setup = Setup {
-            segment_bytes: [96 << 10, 256 << 10, 1 << 20][random.below(3) as usize],
+            // The largest set is what the sidefile holds.
+            segment_bytes: primary.sidefile_bytes as u64
+                + [64 << 10, 256 << 10, 1 << 20][random.below(3) as usize],
             image: ImageOptions {
                 delta_bytes_max: [20_000, 200_000, 64 << 20][random.below(3) as usize],
                 checkpoint_interval: Duration::from_millis([20, 200, 2000][random.below(3) as usize]),
@@ -148,7 +187,9 @@ impl World {
         };
         let machine = Machine::new(random.next_u64());
         let operate_gap_ns = [MS / 10, MS, 20 * MS][random.below(3) as usize];
+        let outage_ns = [50 * MS, 50 * MS, 4000 * MS][random.below(3) as usize];
         let crash_gap = [60, 200, 500][random.below(3) as usize];
+        let promotes = random.one_in(3);
         Self {
             options,
             now: 1000 * MS,
@@ -163,7 +204,13 @@ impl World {
             network,
             wake_at: None,
             operate_gap_ns,
+            outage_ns,
             crash_gap,
+            promotes,
+            sent: Sent::default(),
+            reports: None,
+            suspended: false,
+            armed: false,
             hurried: false,
             healed_at: None,
             prefix: Prefix::default(),
@@ -177,12 +224,13 @@ impl World {
     }
 
     fn run(&mut self) -> Result<(), String> {
-        for event in [Event::Restart, Event::Operate, Event::LinkDown] {
+        for event in [Event::Restart, Event::StartPrimary, Event::Operate, Event::Chores, Event::LinkDown] {
             self.at(1, event);
         }
-        self.plan_crash();
+        self.plan_crash(Side::Replica);
         while let Some(((time, _), event)) = self.queue.pop_first() {
             self.now = time;
+            self.primary.set_time(time);
             self.apply(event)?;
             self.drive_primary()?;
             self.drive_replica()?;
@@ -196,11 +244,13 @@ impl World {
     fn note(&mut self, what: impl FnOnce() -> String) {
         let what = what();
         self.hasher.update(&self.now.to_le_bytes());
-        self.hasher.update(&self.machine.power.changes().to_le_bytes());
+        let changes = [self.primary.power().changes(), self.machine.power.changes()];
+        for changes in changes {
+            self.hasher.update(&changes.to_le_bytes());
+        }
         self.hasher.update(what.as_bytes());
         if self.options.text {
-            let changes = self.machine.power.changes();
-            writeln!(self.text, "{} {changes} {what}", self.now).expect("a string takes everything");
+            writeln!(self.text, "{} {changes:?} {what}", self.now).expect("a string takes everything");
         }
     }
 
@@ -210,7 +260,7 @@ impl World {
     }
 
     fn crashes(&self) -> u64 {
-        self.figures.crashes.iter().sum()
+        self.figures.crashes.iter().chain(&self.figures.primary_crashes).sum()
     }
 
     /// Whether there were operations and crashes enough: from then on nothing fails any more.
@@ -219,44 +269,66 @@ impl World {
             self.figures.operations >= self.options.operations && self.crashes() >= self.options.crashes;
         if over && self.healed_at.is_none() {
             self.healed_at = Some(self.now);
-            self.primary.complete(self.now);
+            self.primary.power().cut_at(u64::MAX);
             self.machine.power.cut_at(u64::MAX);
             self.note(|| "nothing fails any more".to_owned());
         }
         over
     }
 
-    /// The power of the machine goes at one of its next changes.
-    fn plan_crash(&mut self) {
-        if self.healed_at.is_none() {
-            // Often soon, so that recoveries and the first steps after them are hit.
-            self.hurried = false;
-            let gap = if self.random.one_in(6) { 12 } else { 2 * self.crash_gap };
-            let at = self.machine.power.changes() + 1 + self.random.below(gap);
-            self.machine.power.cut_at(at);
+    /// The power of a machine goes at one of its next changes.
+    fn plan_crash(&mut self, side: Side) {
+        // Often soon, so that recoveries and the first steps after them are hit.
+        self.hurried = false;
+        let often = if side == Side::Primary { 8 } else { 2 };
+        let gap = if self.random.one_in(6) { 12 } else { often * self.crash_gap };
+        self.crash_within(side, gap);
+    }
+
+    fn crash_within(&mut self, side: Side, changes: u64) {
+        if self.healed_at.is_none() && (self.armed || side == Side::Replica) {
+            let power = match side {
+                Side::Primary => self.primary.power(),
+                Side::Replica => &self.machine.power,
+            };
+            power.cut_at(power.changes() + 1 + self.random.below(changes));
         }
     }
 
     fn apply(&mut self, event: Event) -> Result<(), String> {
         match event {
             Event::Operate if self.healed_at.is_none() => {
-                let packets = self.primary.operate(&mut self.random, self.now);
-                self.figures.operations += 1;
-                packets.into_iter().for_each(|packet| self.send(Side::Replica, packet));
+                if self.primary.operate(&mut self.random) {
+                    self.figures.operations += 1;
+                }
+                if !self.armed && self.primary.is_duplex() {
+                    self.armed = true;
+                    self.plan_crash(Side::Primary);
+                }
                 // As many operations as crashes call for.
                 let ahead = self.figures.operations * self.options.crashes
                     > (self.crashes() + 2) * self.options.operations;
                 if ahead && !self.hurried {
+                    let side =
+                        if self.armed && self.random.one_in(2) { Side::Primary } else { Side::Replica };
+                    self.crash_within(side, 200);
                     self.hurried = true;
-                    let at = self.machine.power.changes() + 1 + self.random.below(200);
-                    self.machine.power.cut_at(at);
                 }
                 let gap_ns = if ahead { 50 * MS } else { self.operate_gap_ns };
                 let delay = 1 + self.random.below(2 * gap_ns);
                 self.at(delay, Event::Operate);
             }
+            Event::Chores => {
+                self.primary.chores(self.now)?;
+                let delay = 1 + self.random.below(10 * MS);
+                self.at(delay, Event::Chores);
+            }
+            Event::StartPrimary => self.start_primary()?,
             Event::Operate => {}
-            Event::Wake => self.wake_at = None,
+            Event::Wake => {
+                self.wake_at = None;
+                self.primary.settle();
+            }
             Event::Deliver { link, to, packet } => {
                 if self.network.link == Some(link) {
                     self.deliver(link, to, packet)?;
@@ -274,10 +346,11 @@ impl World {
                 if let Some(replica) = self.replica.as_mut().filter(|_| life == self.life) {
                     let result = replica.engine.image().checkpoint();
                     let ended = result.is_ok();
+                    let why = result.as_ref().err().map(ToString::to_string).unwrap_or_default();
                     replica.engine.handle_checkpointed(result);
                     self.figures.checkpoints += u64::from(ended);
                     if !ended && !self.machine.power.is_off() {
-                        return Err("convergence: a checkpoint failed on a good disk".to_owned());
+                        return Err(format!("convergence: a checkpoint failed on a good disk: {why}"));
                     }
                     self.figures.in_checkpoint += u64::from(!ended);
                     self.note(|| format!("a checkpoint ended well: {ended}"));
@@ -312,25 +385,30 @@ impl World {
             // Whoever restarts tries again.
             return;
         };
+        if self.primary.process.is_none() {
+            return;
+        }
         let link = self.network.connect();
         let (name, id) = primary::site();
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
         replica.engine.handle_linked(ConnectionId(link), Site { name, id }, address);
         self.note(|| format!("connection {link}"));
-        let hello = Message::Hello(self.primary.sender.hello()).encode();
-        self.send(Side::Replica, Packet::Control(hello.into()));
+        self.primary.linked();
     }
 
     /// Both sides notice at once; what is in flight is lost.
     fn link_down(&mut self) {
         if let Some(link) = self.network.link.take() {
-            self.primary.sender.handle_disconnected();
+            // What it has sent by now has left.
+            self.primary.take_packets();
+            self.primary.unlinked();
             if let Some(replica) = &mut self.replica {
                 replica.engine.handle_unlinked(ConnectionId(link), "the link was cut".to_owned());
             }
             self.note(|| format!("connection {link} is lost"));
         }
-        let delay = 1 + self.random.below(50 * MS);
+        let outage_ns = if self.healed_at.is_none() { self.outage_ns } else { 50 * MS };
+        let delay = 1 + self.random.below(outage_ns);
         self.at(delay, Event::LinkUp);
     }
 
@@ -339,7 +417,9 @@ impl World {
             let Packet::Control(bytes) = packet else { return Err("refused: not a message".to_owned()) };
             let message = Message::decode(&bytes).map_err(|error| error.to_string())?;
             self.note(|| format!("the primary hears {message:?}"));
-            return self.primary.handle(self.now, message);
+            self.primary.handle(&bytes, &message)?;
+            self.primary.settle();
+            return Ok(());
         }
         let Some(replica) = &mut self.replica else { return Ok(()) };
         let id = ConnectionId(link);
@@ -355,16 +435,87 @@ impl World {
 
     // ---- primary ----
 
+    /// Sends what the engine wants sent, wakes it when it wants to be, and sees whether its power went.
     fn drive_primary(&mut self) -> Result<(), String> {
-        let packets = self.primary.step(&mut self.random, self.now)?;
-        packets.into_iter().for_each(|packet| self.send(Side::Replica, packet));
-        if let Some(at) = self.primary.next_wake().map(|at| at.max(self.now + 1))
+        for packet in self.primary.take_packets() {
+            if let Packet::Set(set) = &packet {
+                self.sent.note(set);
+            }
+            if self.options.text {
+                let what = describe(&packet);
+                self.note(|| format!("the primary sends {what}"));
+            }
+            self.send(Side::Replica, packet);
+        }
+        let suspended = self.primary.is_suspended();
+        if suspended && !self.suspended {
+            self.figures.suspensions += 1;
+            self.note(|| "the primary is suspended".to_owned());
+        }
+        self.suspended = suspended;
+        if self.primary.power().is_off() {
+            return self.crash_primary();
+        }
+        if let Some(at) = self.primary.next_wake(self.now).map(|at| at.max(self.now + 1))
             && self.wake_at.is_none_or(|known| known > at)
         {
             self.wake_at = Some(at);
             self.at(at - self.now, Event::Wake);
         }
         Ok(())
+    }
+
+    fn draw_loss(&mut self) -> Loss {
+        match self.random.below(10) {
+            0..5 => Loss::Process,
+            5 => Loss::Power(0),
+            6 => Loss::Power(1),
+            _ => Loss::Power(self.random.next_u64()),
+        }
+    }
+
+    fn crash_primary(&mut self) -> Result<(), String> {
+        self.figures.changes += self.primary.power().changes();
+        let loss = if self.options.primary_power { self.draw_loss() } else { Loss::Process };
+        self.figures.primary_crashes[usize::from(loss != Loss::Process)] += 1;
+        self.link_down();
+        let lost = self.primary.die(&mut self.random, loss);
+        self.figures.changes_lost += lost as u64;
+        self.note(|| format!("the primary crashes: {loss:?}, {lost} changes lost"));
+        self.plan_crash(Side::Primary);
+        let delay = 1 + self.random.below(200 * MS);
+        self.at(delay, Event::StartPrimary);
+        if self.random.one_in(8) && self.replica.is_some() && self.healed_at.is_none() {
+            return self.crash();
+        }
+        Ok(())
+    }
+
+    fn start_primary(&mut self) -> Result<(), String> {
+        let mut patience = 2 * self.crash_gap;
+        for _ in 0..RECOVERIES_MAX {
+            match self.primary.start() {
+                Ok(how) => {
+                    self.note(|| format!("the primary is back: {how}"));
+                    let delay = 1 + self.random.below(20 * MS);
+                    self.at(delay, Event::LinkUp);
+                    return Ok(());
+                }
+                Err(_) if self.primary.power().is_off() => {
+                    self.figures.in_start += 1;
+                    self.crash_primary()?;
+                    // It comes back at once.
+                    self.queue.retain(|_, event| !matches!(event, Event::StartPrimary));
+                    self.is_over();
+                    patience = patience * 3 / 2;
+                    if self.healed_at.is_none() {
+                        self.primary.power().cut_at(1 + self.random.below(patience));
+                    }
+                }
+                Err(error) => return Err(format!("start of the primary: {}", error.0)),
+            }
+        }
+        Err("start of the primary: it does not end".to_owned())
     }
 
     // ---- replica ----
@@ -394,6 +545,7 @@ impl World {
                         self.link_down();
                     }
                 }
+                Wish::Decided(_) => {}
                 Wish::Checkpoint => {
                     let (delay, life) = (self.random.below(30 * MS), self.life);
                     self.at(delay, Event::Checkpoint { life });
@@ -409,11 +561,13 @@ impl World {
         let image = replica.engine.image();
         let before = self.prefix.newest();
         let visible = replica.engine.receiver().progress().time;
-        self.prefix.check(image, visible, &self.primary.volumes)?;
+        let truth = self.primary.truth();
+        self.prefix.check(image, visible, &truth)?;
         if !self.machine.power.is_off() {
-            self.atomicity.check(image, &self.primary.volumes)?;
+            self.atomicity.check(image, &truth)?;
             self.bounds.check(replica)?;
         }
+        drop(truth);
         let newest = self.prefix.newest();
         if newest > before {
             self.figures.groups += 1;
@@ -428,16 +582,11 @@ impl World {
         self.life += 1;
         self.settling = false;
         self.link_down();
-        let loss = match self.random.below(10) {
-            0..4 => Loss::Process,
-            4 => Loss::Power(0),
-            5 => Loss::Power(1),
-            _ => Loss::Power(self.random.next_u64()),
-        };
+        let loss = self.draw_loss();
         self.figures.crashes[usize::from(loss != Loss::Process)] += 1;
         self.note(|| format!("crash: {loss:?}"));
         self.machine = self.machine.again(loss);
-        self.plan_crash();
+        self.plan_crash(Side::Replica);
         let delay = 1 + self.random.below(200 * MS);
         self.at(delay, Event::Restart);
         Ok(())
@@ -471,6 +620,12 @@ impl World {
         acknowledged::check(&self.primary, replica, self.prefix.newest())?;
         let group = replica.engine.image().view().group();
         self.note(|| format!("the replica is back with group {group}"));
+        if self.random.one_in(24) && self.healed_at.is_none() {
+            // A replica that stands where this one stands is promoted; this one goes on.
+            let mut fork =
+                Replica::start(&self.fork()?, self.setup, self.now).map_err(|error| error.to_string())?;
+            self.promote(&mut fork)?;
+        }
         self.settle_in(1);
         let delay = 1 + self.random.below(20 * MS);
         self.at(delay, Event::LinkUp);
@@ -479,16 +634,53 @@ impl World {
 
     // ---- the end ----
 
-    /// Whether everything has converged; then stops the replica and compares its trees, and starts it once more.
+    fn fork(&mut self) -> Result<Machine, String> {
+        let machine = self.machine.fork();
+        machine.keep_reports(self.reports()?);
+        Ok(machine)
+    }
+
+    fn reports(&mut self) -> Result<&Path, String> {
+        if self.reports.is_none() {
+            let memory = Path::new("/dev/shm");
+            let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+            self.reports = Some(dir.map_err(|error| error.to_string())?);
+        }
+        Ok(self.reports.as_ref().expect("it was just made").path())
+    }
+
+    /// Promotes a replica by force, and compares what it tells of the loss with the truth.
+    fn promote(&mut self, replica: &mut Replica) -> Result<(), String> {
+        if replica.engine.receiver().progress().time == Timestamp::ZERO {
+            return Ok(());
+        }
+        let reports = self.reports()?.to_owned();
+        let short = self.options.sabotage == Sabotage::ShortReport;
+        let counts = loss::check(replica, &reports, self.now, &self.primary.truth(), &self.sent, short)?;
+        self.figures.reports[0] += 1;
+        self.figures.reports[1] += counts.listed;
+        self.note(|| format!("promoted: {counts:?}"));
+        Ok(())
+    }
+
+    /// Whether the run has ended: with a forced promote, or once everything has converged. Then stops the replica and compares
+    /// its trees, and starts it once more.
     fn end(&mut self) -> Result<bool, String> {
         let healed_at = self.healed_at.expect("it is over");
         if self.now > healed_at + HEALED_NS_MAX {
-            let shown = self.primary.sender.progress();
-            return Err(format!("convergence: {shown:?} is all that is shown"));
+            return Err(format!("convergence: the primary is {}", self.primary.state()));
         }
-        let Some(replica) = self.replica.as_mut().filter(|_| self.primary.is_converged()) else {
+        if self.promotes {
+            let Some(mut replica) = self.replica.take() else { return Ok(false) };
+            let reports = self.reports()?.to_owned();
+            replica.machine.keep_reports(&reports);
+            self.promote(&mut replica)?;
+            return Ok(true);
+        }
+        if !self.primary.is_converged() {
             return Ok(false);
-        };
+        }
+        let Some(replica) = self.replica.as_mut() else { return Ok(false) };
         if !replica.engine.receiver().bare_tokens().count.eq(&0) {
             return Err("convergence: bare tokens are left".to_owned());
         }
@@ -497,7 +689,7 @@ impl World {
         if segments > 1 {
             return Err(format!("bounds: {segments} segments are left of the journal"));
         }
-        convergence::check(&self.primary, replica)?;
+        convergence::check(&self.primary.truth(), replica)?;
         self.figures.changes += self.machine.power.changes();
         self.replica = None;
         self.life += 1;
@@ -506,5 +698,32 @@ impl World {
         self.restart()?;
         self.look()?;
         Ok(true)
+    }
+}
+
+/// What travels, for the trace.
+fn describe(packet: &Packet) -> String {
+    let of_set = |bytes: &Bytes| match UnverifiedSet(bytes.clone()).verify() {
+        Ok(set) => {
+            let header = set.header();
+            let ops: Vec<_> = set.meta().map_or_else(
+                |_| Vec::new(),
+                |meta| meta.updates.iter().map(|(update, _)| update.op.kind().to_string()).collect(),
+            );
+            let (volume, number, first, last) =
+                (&header.volume, header.number, header.first_seq, header.last_seq());
+            let (start, end) = (header.start.0, header.end.0);
+            format!("set {number} of {volume}: {first} to {last}, {start} to {end}: {}", ops.join(" "))
+        }
+        Err(error) => error.to_string(),
+    };
+    match packet {
+        Packet::Set(set) => of_set(set),
+        Packet::Tokens(bytes) => format!("{} bytes of tokens", bytes.len()),
+        Packet::Control(bytes) => match Message::decode(bytes) {
+            Ok(Message::NullSet(set)) => format!("null {}", of_set(&set)),
+            Ok(message) => format!("{message:?}").chars().take(60).collect(),
+            Err(error) => error.to_string(),
+        },
     }
 }

@@ -74,6 +74,8 @@ pub struct Generator {
     /// Inode numbers to be used again, with the next generation.
     free: Vec<FileId>,
     next_ino: u64,
+    /// How often the machine crashed: no generation comes again, whatever a crash took back.
+    crashes: u32,
     made: Vec<Change>,
 }
 
@@ -92,6 +94,7 @@ impl Generator {
             orphans: Vec::new(),
             free: Vec::new(),
             next_ino: 12,
+            crashes: 0,
             made: Vec::new(),
             options,
         }
@@ -106,6 +109,7 @@ impl Generator {
     /// Goes on from another tree: the machine crashed, and this is what was left. Programs have no file open any more.
     pub fn go_on_from(&mut self, model: Model) {
         self.model = model;
+        self.crashes += 1;
         self.orphans.clear();
         self.free.clear();
         self.made.clear();
@@ -510,7 +514,7 @@ impl Generator {
         if self.random.one_in(2)
             && let Some(old) = self.free.pop()
         {
-            return FileId { generation: old.generation + 1, ..old };
+            return FileId { generation: old.generation + 1 + 1000 * self.crashes, ..old };
         }
         self.next_ino += 1;
         FileId { instance: self.options.instance, ino: self.next_ino, generation: 1 }

@@ -13,17 +13,17 @@ use crate::sim::replica::Replica;
 pub(crate) fn check(primary: &Primary, replica: &Replica, newest: GroupNumber) -> Result<(), String> {
     let receiver = replica.engine.receiver();
     let known = receiver.view();
-    for (volume, acked) in primary.volumes.iter().zip(&primary.acked) {
-        let Some(found) = known.volumes.iter().find(|found| found.name == volume.name) else {
+    for (volume, acked) in primary.names().iter().zip(&primary.acked) {
+        let Some(found) = known.volumes.iter().find(|found| found.name == *volume) else {
             if acked.is_empty() {
                 continue;
             }
-            return Err(format!("lost acknowledgement: volume {} is not known any more", volume.name));
+            return Err(format!("lost acknowledgement: volume {volume} is not known any more"));
         };
-        let beyond: BTreeSet<SetNumber> = receiver.durable_beyond(&volume.name).collect();
+        let beyond: BTreeSet<SetNumber> = receiver.durable_beyond(volume).collect();
         let lost = acked.range(found.durable.number.next()..).find(|number| !beyond.contains(number));
         if let Some(lost) = lost {
-            return Err(format!("lost acknowledgement: set {lost} of {} is gone", volume.name));
+            return Err(format!("lost acknowledgement: set {lost} of {volume} is gone"));
         }
     }
     check_groups(replica.engine.image(), newest)

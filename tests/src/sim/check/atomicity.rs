@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use twinfs_core::id::{FileId, GroupNumber, VolumeIndex, VolumeName};
 use twinfs_core::model::{Model, Object, PAGE_BYTES};
-use twinfs_core::stamp::Seq;
 use twinfs_core::update::Kind;
 use twinfs_replicator::replica::image::Image;
 use twinfs_replicator::replica::image::view::{View, ViewError};
 
-use crate::sim::primary::History;
+use crate::sim::primary::desk::Volume;
+use crate::sim::primary::history::History;
 
 const PAGE: u64 = PAGE_BYTES as u64;
 /// Files up to this size are read as a whole, of others what is written and its surroundings.
@@ -19,7 +19,7 @@ const WHOLE_BYTES: u64 = 128 << 10;
 /// Models of what was shown last, to go on from.
 #[derive(Default)]
 pub(crate) struct Atomicity {
-    models: BTreeMap<VolumeName, (Seq, Model)>,
+    models: BTreeMap<VolumeName, (usize, Model)>,
     checked: Option<GroupNumber>,
 }
 
@@ -30,32 +30,32 @@ impl Atomicity {
     }
 
     /// Compares what is shown now with the model, if it was not compared before.
-    pub(crate) fn check(&mut self, image: &Image, history: &[History]) -> Result<(), String> {
+    pub(crate) fn check(&mut self, image: &Image, volumes: &[Volume]) -> Result<(), String> {
         let view = image.view();
         if self.checked == Some(view.group()) {
             return Ok(());
         }
         for (index, name, root) in view.members() {
-            let volume =
-                history.iter().find(|volume| volume.name == *name).ok_or("atomicity: unknown volume")?;
-            let seq = volume.seq_at(view.consistency_time());
-            let model = self.model(volume, seq);
+            let volume = volumes.iter().map(|volume| &volume.history).find(|history| history.name == *name);
+            let volume = volume.ok_or("atomicity: unknown volume")?;
+            let time = view.consistency_time();
+            let model = self.model(volume, volume.steps_at(time));
             compare(&view, index, root, model)
-                .map_err(|why| format!("atomicity: {name} in group {} at {seq}: {why}", view.group()))?;
+                .map_err(|why| format!("atomicity: {name} in group {} at {}: {why}", view.group(), time.0))?;
         }
         self.checked = Some(view.group());
         Ok(())
     }
 
-    fn model(&mut self, volume: &History, seq: Seq) -> &Model {
-        let fresh = || (seq, volume.model_at(seq));
+    fn model(&mut self, volume: &History, steps: usize) -> &Model {
+        let fresh = || (steps, volume.model_at(steps));
         let (at, model) = self.models.entry(volume.name.clone()).or_insert_with(fresh);
-        if *at > seq {
-            *model = volume.model_at(seq);
+        if *at > steps {
+            *model = volume.model_at(steps);
         } else {
-            volume.advance(model, *at, seq);
+            volume.advance(model, *at, steps);
         }
-        *at = seq;
+        *at = steps;
         model
     }
 }

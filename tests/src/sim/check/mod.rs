@@ -4,4 +4,5 @@ pub(crate) mod acknowledged;
 pub(crate) mod atomicity;
 pub(crate) mod bounds;
 pub(crate) mod convergence;
+pub(crate) mod loss;
 pub(crate) mod prefix;

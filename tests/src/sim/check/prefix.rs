@@ -6,7 +6,7 @@ use twinfs_core::id::{GroupNumber, VolumeName};
 use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_replicator::replica::image::Image;
 
-use crate::sim::primary::History;
+use crate::sim::primary::desk::Volume;
 
 /// What a group was when it was shown first.
 type Shown = (Timestamp, Vec<(VolumeName, Seq)>);
@@ -24,17 +24,17 @@ impl Prefix {
         &mut self,
         image: &Image,
         visible: Timestamp,
-        history: &[History],
+        volumes: &[Volume],
     ) -> Result<(), String> {
         let view = image.view();
         let (group, time) = (view.group(), view.consistency_time());
         let mut members = Vec::new();
         for (index, name, _) in view.members() {
-            let volumes = image.volumes();
+            let shown = image.volumes();
             let seq =
-                volumes.iter().find(|(at, ..)| *at == index).ok_or("prefix: a member is no volume")?.2.seq;
-            let volume =
-                history.iter().find(|volume| volume.name == *name).ok_or("prefix: an unknown volume")?;
+                shown.iter().find(|(at, ..)| *at == index).ok_or("prefix: a member is no volume")?.2.seq;
+            let volume = volumes.iter().map(|volume| &volume.history).find(|history| history.name == *name);
+            let volume = volume.ok_or("prefix: an unknown volume")?;
             let wanted = volume.seq_at(time);
             if seq != wanted {
                 return Err(format!(

@@ -1,31 +1,68 @@
-//! The simulated primary: a history made up by the model's generator, cut into record sets, and the sender of production.
-//! It never fails.
+//! The simulated primary: sidefile, mover, activity log and start of production, over trees that stand for a file system, on a
+//! machine that fails.
 
-use std::collections::{BTreeSet, VecDeque};
+pub(crate) mod copier;
+pub(crate) mod desk;
+pub(crate) mod history;
+mod machine;
+mod recovery;
+mod tree;
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use twinfs_core::format::{Builder, EncodedSet, SetPlace};
+use twinfs_core::change_map::ChangeMap;
 use twinfs_core::id::{
     Epoch, FileId, Incarnation, SessionId, SetNumber, SiteId, SiteName, VolumeIndex, VolumeInstance,
     VolumeName,
 };
-use twinfs_core::model::generate::{self, Change, Generator};
-use twinfs_core::model::{Model, Random};
-use twinfs_core::session::sender::{Backlog, ChainLink, IssuedSet, Sender, SenderConfig, SenderVolume};
-use twinfs_core::session::{ChainPoint, VolumeState};
-use twinfs_core::stamp::{Seq, Stamp, Timestamp};
-use twinfs_core::token::{self, Token};
-use twinfs_core::update::Op;
+use twinfs_core::limits;
+use twinfs_core::model::Random;
+use twinfs_core::model::generate::{self, Generator};
+use twinfs_core::session::sender::SenderConfig;
+use twinfs_core::session::{ChainPoint, Role, SessionState, VolumeState as CopyState};
+use twinfs_core::stamp::{Seq, Timestamp};
 use twinfs_core::wire::Message;
+use twinfs_replicator::failpoint::{self, FailPoint};
+use twinfs_replicator::primary::activity_log::{ActivityConfig, ActivityLog, Keeper, KeeperParts};
+use twinfs_replicator::primary::chain::{PathHints, SetMaker, SetOrigin, SetVolume};
+use twinfs_replicator::primary::clock::TimeSource;
+use twinfs_replicator::primary::engine::{CopyProgress, Engine, EngineConfig, Files, Outlet};
+use twinfs_replicator::primary::sidefile::{Capture, Start};
+use twinfs_replicator::primary::start::{self, LastRun};
+use twinfs_replicator::primary::store;
+use twinfs_replicator::site::{State, VolumeState};
+use twinfs_replicator::storage::Power;
 
+use self::copier::Copying;
+use self::desk::{Desk, Volume, Volumes, lock};
+use self::history::History;
+use self::machine::Machine;
+use self::recovery::Source;
+use self::tree::Tree;
+use super::disk::Loss;
 use super::network::Packet;
 
-/// Updates between two snapshots of a model.
-const SNAPSHOT_UPDATES: usize = 40;
-/// Data of one set above which it is closed.
-const SET_BYTES: usize = 40_000;
-
 pub(crate) const SESSION: SessionId = SessionId::from_bytes([7; 16]);
+
+/// How a primary is broken, to see that the checks object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sabotage {
+    /// Not at all.
+    #[default]
+    Nothing,
+    /// What is touched is not named in the activity log.
+    ForgetEntries,
+    /// What was under way when the process was killed is not looked at.
+    DropIntents,
+    /// A resync leaves out some of what its map names.
+    SkipResync,
+    /// A loss report leaves out what came last.
+    ShortReport,
+}
 
 pub(crate) fn site() -> (SiteName, SiteId) {
     (SiteName::new("primary").expect("a good name"), SiteId::from_bytes([1; 16]))
@@ -35,102 +72,146 @@ fn epoch() -> Epoch {
     Epoch { number: 1, site: site().1 }
 }
 
-const INCARNATION: Incarnation = Incarnation(0x5157);
-
-/// A volume and all that ever happened to it.
-pub(crate) struct History {
-    pub(crate) name: VolumeName,
-    instance: VolumeInstance,
-    pub(crate) root: FileId,
-    generator: Generator,
-    /// By sequence number, from 1 on.
-    changes: Vec<Change>,
-    /// The model after so many changes.
-    snapshots: Vec<(usize, Model)>,
-    last: Model,
-    /// The mark that ends the copy, until it is published.
-    complete: Option<Change>,
-    /// How many changes are in sets.
-    cut: usize,
-}
-
-impl History {
-    fn new(index: u64, seed: u64, options: &generate::Options) -> Self {
-        let instance = VolumeInstance::new(100 + index).expect("it is not zero");
-        let mut generator = Generator::new(seed, generate::Options { instance, ..options.clone() });
-        let root = generator.model().root();
-        let mut copy = generator.copy();
-        let complete = copy.pop();
-        let mut history = Self {
-            name: VolumeName::new(format!("volume-{index}")).expect("a good name"),
-            instance,
-            root,
-            generator,
-            changes: Vec::new(),
-            snapshots: vec![(0, Model::new(root))],
-            last: Model::new(root),
-            complete,
-            cut: 0,
-        };
-        copy.into_iter().for_each(|change| history.publish(change, Timestamp(1)));
-        history
-    }
-
-    fn publish(&mut self, mut change: Change, time: Timestamp) {
-        change.update.stamp = Stamp { time, seq: Seq(self.changes.len() as u64 + 1) };
-        self.last.apply(&change.update, &change.data);
-        self.changes.push(change);
-        if self.changes.len().is_multiple_of(SNAPSHOT_UPDATES) {
-            self.snapshots.push((self.changes.len(), self.last.clone()));
-        }
-    }
-
-    /// The last update stamped at or before `time`.
-    pub(crate) fn seq_at(&self, time: Timestamp) -> Seq {
-        Seq(self.changes.partition_point(|change| change.update.stamp.time <= time) as u64)
-    }
-
-    pub(crate) fn last_seq(&self) -> Seq {
-        Seq(self.changes.len() as u64)
-    }
-
-    /// The tree after an update.
-    pub(crate) fn model_at(&self, seq: Seq) -> Model {
-        let at = seq.0 as usize;
-        if at == self.changes.len() {
-            return self.last.clone();
-        }
-        let before = self.snapshots.partition_point(|(count, _)| *count <= at) - 1;
-        let (from, model) = &self.snapshots[before];
-        let mut model = model.clone();
-        self.changes[*from..at].iter().for_each(|change| model.apply(&change.update, &change.data));
-        model
-    }
-
-    /// Goes on from a model of an earlier update.
-    pub(crate) fn advance(&self, model: &mut Model, from: Seq, to: Seq) {
-        let changes = &self.changes[from.0 as usize..to.0 as usize];
-        changes.iter().for_each(|change| model.apply(&change.update, &change.data));
-    }
-}
-
-pub(crate) struct Primary {
-    pub(crate) sender: Sender<Bytes>,
-    pub(crate) volumes: Vec<History>,
-    builder: Builder,
-    last_time: Timestamp,
-    /// Operations so far.
-    pub(crate) operations: u64,
-    set_updates_max: u64,
+/// Takes what the engine wants sent, as long as the power is on.
+#[derive(Debug, Clone)]
+pub(crate) struct Post {
+    packets: Rc<RefCell<Vec<Packet>>>,
+    power: Power,
+    hung_up: Rc<RefCell<Option<String>>>,
     tokens: bool,
+}
+
+impl Post {
+    fn put(&self, packet: Packet) -> bool {
+        if !self.power.is_off() {
+            self.packets.borrow_mut().push(packet);
+        }
+        true
+    }
+}
+
+impl Outlet for Post {
+    fn say(&mut self, message: Vec<u8>) -> bool {
+        self.put(Packet::Control(message.into()))
+    }
+
+    fn takes_tokens(&self) -> bool {
+        self.tokens
+    }
+
+    fn tokens(&mut self, batch: Vec<u8>) -> bool {
+        self.put(Packet::Tokens(batch.into()))
+    }
+
+    fn set(&mut self, set: Bytes) {
+        self.put(Packet::Set(set));
+    }
+
+    fn hang_up(&mut self, why: &str) {
+        *self.hung_up.borrow_mut() = Some(why.to_owned());
+    }
+
+    fn fenced(&mut self, epoch: Epoch) {
+        *self.hung_up.borrow_mut() = Some(format!("fenced by {epoch:?}"));
+    }
+}
+
+/// What the engine asks the file system layer.
+struct Layer {
+    desk: Desk,
+    volumes: Volumes,
+}
+
+impl PathHints for Layer {
+    fn path_of(&self, _: VolumeIndex, _: FileId) -> Box<[u8]> {
+        Box::default()
+    }
+}
+
+impl Files for Layer {
+    fn copy_progress(&self, _: VolumeIndex) -> Option<CopyProgress> {
+        None
+    }
+
+    fn start_resync(&self, index: VolumeIndex, map: ChangeMap) {
+        if self.desk.is_dead() {
+            return;
+        }
+        let volume = &mut lock(&self.volumes)[index.as_usize()];
+        // The mark was published right before.
+        let mark = self.desk.capture.last_seqs()[index.as_usize()];
+        let stamp = twinfs_core::stamp::Stamp { time: self.desk.capture.now(), seq: mark };
+        volume.history.publish(stamp, None);
+        volume.copied_again = true;
+        volume.copying = Copying::resync(map, volume.tree.live());
+    }
+
+    fn stop_resync(&self, index: VolumeIndex) -> Option<ChangeMap> {
+        if self.desk.is_dead() {
+            return None;
+        }
+        let volume = &mut lock(&self.volumes)[index.as_usize()];
+        match std::mem::take(&mut volume.copying) {
+            Copying::Resync { waiting, .. } => Some(waiting),
+            Copying::Copy { .. } | Copying::Nothing => None,
+        }
+    }
+
+    fn resync_failed(&self, _: VolumeIndex) -> bool {
+        false
+    }
+
+    fn restart_copy(&self, index: VolumeIndex) {
+        if !self.desk.is_dead() {
+            let volume = &mut lock(&self.volumes)[index.as_usize()];
+            volume.copying = Copying::copy(volume.tree.live());
+            volume.copied_again = true;
+        }
+    }
+}
+
+/// A process of the primary.
+pub(crate) struct Process {
+    pub(crate) engine: Engine<Post>,
+    pub(crate) desk: Desk,
+    keeper: Keeper,
+    applied: Arc<Mutex<Timestamp>>,
+    packets: Rc<RefCell<Vec<Packet>>>,
+    hung_up: Rc<RefCell<Option<String>>>,
+    flushed: u64,
+    marked: u64,
+}
+
+/// The primary: what outlives its processes, and the one that runs.
+pub(crate) struct Primary {
+    pub(crate) volumes: Volumes,
+    machine: Machine,
+    pub(crate) process: Option<Process>,
+    pub(crate) sidefile_bytes: usize,
+    activity: ActivityConfig,
+    tokens: bool,
+    sabotage: Sabotage,
+    /// Each process is an incarnation of its own.
+    lives: u64,
     /// For each volume of the welcome, which one that is.
     wire: Vec<usize>,
     /// Sets that the replica said are durable.
     pub(crate) acked: Vec<BTreeSet<SetNumber>>,
+    names: Vec<VolumeName>,
+}
+
+/// Why a start did not come to its end.
+#[derive(Debug)]
+pub(crate) struct StartFailed(pub(crate) String);
+
+impl StartFailed {
+    fn of(error: impl std::fmt::Debug) -> Self {
+        Self(format!("{error:?}"))
+    }
 }
 
 impl Primary {
-    pub(crate) fn new(random: &mut Random) -> Self {
+    pub(crate) fn new(random: &mut Random, sabotage: Sabotage) -> Self {
         let options = generate::Options {
             names_max: [6, 15, 30][random.below(3) as usize],
             write_bytes_max: [300, 3000, 9000][random.below(3) as usize],
@@ -140,209 +221,469 @@ impl Primary {
             ..generate::Options::default()
         };
         let count = 1 + random.below(3);
-        let volumes: Vec<_> =
-            (0..count).map(|index| History::new(index, random.next_u64(), &options)).collect();
-        let (name, site) = site();
-        let config = SenderConfig { session: SESSION, site, name, epoch: epoch(), incarnation: INCARNATION };
-        let known = volumes.iter().map(|volume| SenderVolume {
-            name: volume.name.clone(),
-            instance: volume.instance,
-            root: volume.root,
-            state: VolumeState::Copy,
-            complete: None,
-            acked: ChainPoint::START,
-            acked_end: Timestamp::ZERO,
-            end: Timestamp::ZERO,
-            issued: Vec::new(),
-            forgotten: Vec::new(),
-        });
+        let mut volumes = Vec::new();
+        for index in 0..count {
+            let instance = VolumeInstance::new(100 + index).expect("it is not zero");
+            let options = generate::Options { instance, ..options.clone() };
+            let mut generator = Generator::new(random.next_u64(), options);
+            for _ in 0..random.below(15) {
+                drop(generator.step());
+            }
+            let mut first = generator.model().clone();
+            first.drop_unnamed();
+            generator.go_on_from(first.clone());
+            let name = VolumeName::new(format!("volume-{index}")).expect("a good name");
+            volumes.push(Volume {
+                history: History::new(name, first.clone()),
+                tree: Tree::new(first),
+                generator,
+                unpublished: None,
+                copying: Copying::Nothing,
+                copied_again: false,
+            });
+        }
         Self {
-            sender: Sender::new(config, known.collect(), Timestamp(1)),
             acked: vec![BTreeSet::new(); volumes.len()],
-            volumes,
-            builder: Builder::new(),
-            last_time: Timestamp(1),
-            operations: 0,
-            set_updates_max: 1 + random.below(30),
+            names: volumes.iter().map(|volume| volume.history.name.clone()).collect(),
+            volumes: Arc::new(Mutex::new(volumes)),
+            machine: Machine::new(random.next_u64()),
+            process: None,
+            sidefile_bytes: [192 << 10, 256 << 10, 512 << 10][random.below(3) as usize],
+            activity: ActivityConfig {
+                files_max: 1000,
+                file_bytes_max: 64 << 10,
+                eras_max: 4,
+                era_ns: [50_000_000, 500_000_000][random.below(2) as usize],
+                flush_ns: None,
+            },
             tokens: !random.one_in(3),
+            sabotage,
+            lives: 0,
             wire: Vec::new(),
         }
     }
 
-    /// Programs do something. Returns the tokens that run ahead.
-    pub(crate) fn operate(&mut self, random: &mut Random, now: u64) -> Vec<Packet> {
-        let index = random.below(self.volumes.len() as u64) as usize;
-        let volume = &mut self.volumes[index];
-        self.operations += 1;
-        let changes = match volume.complete.take_if(|_| random.one_in(12)) {
-            Some(complete) => vec![complete],
-            None => volume.generator.step(),
-        };
-        let mut tokens = Vec::new();
-        for change in changes {
-            self.last_time = Timestamp(now.max(self.last_time.0 + 1 + random.below(3)));
-            volume.publish(change, self.last_time);
-            tokens.push(Token::of(&volume.changes[volume.changes.len() - 1].update));
-        }
-        if !self.tokens || !self.sender.is_connected() || tokens.is_empty() {
-            return Vec::new();
-        }
-        let mut batch = Vec::new();
-        token::encode_batch(&volume.name, &tokens, &mut batch);
-        vec![Packet::Tokens(batch.into())]
+    pub(crate) fn names(&self) -> &[VolumeName] {
+        &self.names
     }
 
-    /// Ends the copies that are still open.
-    pub(crate) fn complete(&mut self, now: u64) {
-        for volume in &mut self.volumes {
-            if let Some(complete) = volume.complete.take() {
-                self.last_time = Timestamp(now.max(self.last_time.0 + 1));
-                volume.publish(complete, self.last_time);
+    /// What truly happened.
+    pub(crate) fn truth(&self) -> std::sync::MutexGuard<'_, Vec<Volume>> {
+        lock(&self.volumes)
+    }
+
+    pub(crate) fn power(&self) -> &Power {
+        &self.machine.power
+    }
+
+    pub(crate) fn set_time(&self, now: u64) {
+        self.machine.clock.set(now);
+    }
+
+    /// Has each fail point count as a change, so that the power may go there.
+    fn observed<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let power = self.machine.power.clone();
+        let pulse = move |_: FailPoint| {
+            let _ = power.change();
+        };
+        failpoint::observe(Rc::new(pulse), || work(self))
+    }
+
+    // ---- start and death ----
+
+    /// Starts a process, as `fs/src/primary.rs` does.
+    pub(crate) fn start(&mut self) -> Result<String, StartFailed> {
+        self.observed(Self::start_observed)
+    }
+
+    fn start_observed(&mut self) -> Result<String, StartFailed> {
+        let machine = &self.machine;
+        let mut state = match machine.state().map_err(StartFailed::of)? {
+            Some(state) => state,
+            None => {
+                let mut state = State::new(Role::Primary, epoch());
+                state.session = Some(SESSION);
+                state
+            }
+        };
+        let mark = machine.stamp_mark().map_err(StartFailed::of)?;
+        let sidefile = machine.sidefile();
+        let limit = start::stamp_limit(mark, sidefile.is_some(), machine.clock.read());
+        machine.save_stamp_mark(limit).map_err(StartFailed::of)?;
+        let known = start::start_volumes(&state, self.names.len());
+        let time: Arc<dyn TimeSource> = Arc::clone(&machine.clock) as _;
+        let begin = |floor| Start { session: SESSION, volumes: &known, floor, limit };
+        let (capture, last_run) = match sidefile {
+            None => {
+                let capture = Capture::in_memory(self.sidefile_bytes, time, &begin(mark), !state.clean)
+                    .map_err(StartFailed::of)?;
+                (capture, if state.clean { LastRun::Clean(None) } else { LastRun::Lost { mark } })
+            }
+            Some(image) => {
+                let (capture, survivors) =
+                    Capture::from_image(&image, time, &begin(Timestamp::ZERO)).map_err(StartFailed::of)?;
+                (capture, LastRun::Killed { survivors, mark })
+            }
+        };
+        let capture = Arc::new(capture);
+        machine.keep(&capture);
+        let begin = capture.now();
+        for volume in lock(&self.volumes).iter_mut() {
+            volume.history.begin(begin, || capture.now());
+        }
+        let storage = Arc::new(machine.activity.clone());
+        let (log, found) =
+            ActivityLog::open(storage, SESSION, capture.now(), self.activity).map_err(StartFailed::of)?;
+        let log = Arc::new(log);
+        log.settle_found(capture.now());
+        let suspended = start::suspension(&state, &last_run);
+        let desk = Desk {
+            capture: Arc::clone(&capture),
+            log: Arc::clone(&log),
+            power: machine.power.clone(),
+            sabotage: self.sabotage,
+        };
+        let source = Source { desk: &desk, volumes: &self.volumes, found: &found };
+        let covered = start::take_up(&capture, &last_run, suspended, &source).map_err(StartFailed::of)?;
+        // What was under way is told of by now, or noted.
+        for volume in lock(&self.volumes).iter_mut() {
+            if let Some(change) = volume.unpublished.take() {
+                let time = capture.now();
+                volume.history.change(time, change);
             }
         }
-    }
 
-    fn backlog(&self) -> Vec<Backlog> {
-        let of = |volume: &History| match volume.changes.len() - volume.cut {
-            0 => Backlog::None,
-            len if len as u64 >= 2 * self.set_updates_max => Backlog::Full,
-            _ => Backlog::Some,
-        };
-        self.volumes.iter().map(of).collect()
-    }
-
-    /// When it wants to be woken.
-    pub(crate) fn next_wake(&self) -> Option<u64> {
-        self.sender.next_cut(&self.backlog()).map(|time| time.0)
-    }
-
-    /// Cuts if that is due, and names what is to be sent.
-    pub(crate) fn step(&mut self, random: &mut Random, now: u64) -> Result<Vec<Packet>, String> {
-        let mut packets = Vec::new();
-        if self.sender.is_cut_due(Timestamp(now), &self.backlog()) {
-            self.cut(random, now, &mut packets)?;
+        self.lives += 1;
+        let (name, site) = site();
+        let incarnation = Incarnation(0x5157 + self.lives);
+        let config = SenderConfig { session: SESSION, site, name, epoch: epoch(), incarnation };
+        let origin = SetOrigin { session: SESSION, epoch: epoch(), incarnation, level: 1 };
+        let set_volumes = self.set_volumes();
+        if state.volumes.is_empty() {
+            state.volumes = set_volumes.iter().map(new_volume).collect();
         }
-        while let Some((_, set)) = self.sender.poll_transmit() {
-            packets.push(Packet::Set(set.handle.clone()));
-        }
-        while self.sender.poll_released().is_some() {}
-        Ok(packets)
-    }
-
-    fn cut(&mut self, random: &mut Random, now: u64, packets: &mut Vec<Packet>) -> Result<(), String> {
-        let end = Timestamp(now.max(self.last_time.0));
-        self.last_time = end;
-        let mut idle = true;
-        for at in 0..self.volumes.len() {
+        let sender_volumes = state.volumes.iter().zip(&set_volumes).enumerate().map(|(at, (volume, set))| {
+            let chain = last_run.survivors().and_then(|survivors| survivors.volumes.get(at));
+            start::sender_volume(volume, set.root, Vec::new(), chain)
+        });
+        let sender_volumes = sender_volumes.collect();
+        let mut sender = start::sender(config, sender_volumes, &capture, &last_run, suspended, covered);
+        for (at, volume) in lock(&self.volumes).iter_mut().enumerate() {
             let index = VolumeIndex(at as u16);
-            while self.volumes[at].cut < self.volumes[at].changes.len() && self.sender.can_issue(index) {
-                idle = false;
-                let count = 1 + random.below(self.set_updates_max);
-                let volume = &mut self.volumes[at];
-                let rest = &volume.changes[volume.cut..];
-                let mut bytes = 0;
-                let taken = rest.iter().take(count as usize).take_while(|change| {
-                    let before = bytes;
-                    bytes += change.data.len();
-                    before < SET_BYTES
-                });
-                let changes: VecDeque<Change> = taken.cloned().collect();
-                volume.cut += changes.len();
-                let last = volume.cut == volume.changes.len();
-                self.issue(index, &changes, if last { Some(end) } else { None })?;
+            volume.copying = Copying::Nothing;
+            if !sender.is_whole(index) && suspended.is_none() {
+                sender.handle_copy_started(index).map_err(StartFailed::of)?;
+                volume.copying = Copying::copy(volume.tree.live());
+                volume.copied_again |= self.lives > 1;
             }
-            if self.volumes[at].cut == self.volumes[at].changes.len() {
-                let link = self.sender.null_link(index).map_err(|e| e.to_string())?;
-                if link.start < end {
-                    let null = self.finish(at, link, end)?;
-                    packets.push(Packet::Control(Message::NullSet(null.bytes).encode().into()));
-                    self.sender.handle_null_issued(index, end).map_err(|e| e.to_string())?;
+        }
+        (state.suspended, state.clean) = (suspended, false);
+        self.machine.save_state(&state).map_err(StartFailed::of)?;
+        failpoint::pass(FailPoint::StateSaved);
+
+        let packets: Rc<RefCell<Vec<Packet>>> = Rc::default();
+        let hung_up: Rc<RefCell<Option<String>>> = Rc::default();
+        let applied = Arc::new(Mutex::new(Timestamp::ZERO));
+        let engine = Engine::new(EngineConfig {
+            capture: Arc::clone(&capture),
+            log: Some(Arc::clone(&log)),
+            sender,
+            maker: SetMaker::new(origin, set_volumes.clone()),
+            volumes: set_volumes,
+            files: Arc::new(Layer { desk: desk.clone(), volumes: Arc::clone(&self.volumes) }),
+            role: Role::Primary,
+            epoch: epoch(),
+            reason: last_run.why_suspended().map(ToOwned::to_owned),
+            examining: false,
+            outlet: Post {
+                packets: Rc::clone(&packets),
+                power: self.machine.power.clone(),
+                hung_up: Rc::clone(&hung_up),
+                tokens: self.tokens,
+            },
+        });
+        let keeper = self.keeper(&desk, &applied);
+        let now = self.machine.clock.read().boot;
+        self.process =
+            Some(Process { engine, desk, keeper, applied, packets, hung_up, flushed: now, marked: now });
+        let text = match &last_run {
+            LastRun::Clean(_) => "clean".to_owned(),
+            LastRun::Killed { survivors, .. } => format!(
+                "killed, {} updates and {} intents left, dropped: {}",
+                survivors.updates,
+                survivors.intents.len(),
+                survivors.dropped
+            ),
+            LastRun::Lost { .. } => {
+                format!("power lost, {} files, everything: {}", found.files.len(), found.everything)
+            }
+        };
+        if self.machine.power.is_off() { Err(StartFailed("it died".into())) } else { Ok(text) }
+    }
+
+    fn set_volumes(&self) -> Vec<SetVolume> {
+        let of = |volume: &Volume| {
+            let History { name, instance, root, .. } = &volume.history;
+            SetVolume { name: name.clone(), instance: *instance, root: *root }
+        };
+        lock(&self.volumes).iter().map(of).collect()
+    }
+
+    fn keeper(&self, desk: &Desk, applied: &Arc<Mutex<Timestamp>>) -> Keeper {
+        let (volumes, applied) = (Arc::clone(&self.volumes), Arc::clone(applied));
+        let (power, capture) = (desk.power.clone(), Arc::clone(&desk.capture));
+        let sync_backing = move || {
+            if power.change() != twinfs_replicator::storage::Pulse::On {
+                return Err(std::io::ErrorKind::BrokenPipe.into());
+            }
+            lock(&volumes).iter_mut().for_each(|volume| volume.tree.sync_all());
+            Ok(())
+        };
+        Keeper::new(KeeperParts {
+            log: Arc::clone(&desk.log),
+            sync_backing: Box::new(sync_backing),
+            applied: Box::new(move || *applied.lock().expect("nobody panics with it")),
+            now: Box::new(move || capture.now()),
+        })
+    }
+
+    /// The process is gone, and perhaps all that the power kept. Returns how many changes of programs were lost.
+    pub(crate) fn die(&mut self, random: &mut Random, loss: Loss) -> usize {
+        let process = self.process.take();
+        let mut lost = 0;
+        for (at, volume) in lock(&self.volumes).iter_mut().enumerate() {
+            volume.copying = Copying::Nothing;
+            if loss == Loss::Process {
+                volume.tree.kill();
+            } else {
+                let index = VolumeIndex(at as u16);
+                let log = process.as_ref().map(|process| &process.desk.log);
+                lost += volume.tree.lose_power(random, volume.unpublished.is_some(), |file| {
+                    log.is_some_and(|log| log.is_durable(index, file))
+                });
+            }
+            volume.generator.go_on_from(volume.tree.live().clone());
+        }
+        self.machine = self.machine.again(loss);
+        // Beyond a gap, the next process makes the sets anew.
+        for acked in &mut self.acked {
+            *acked = (1..).map(SetNumber).take_while(|number| acked.contains(number)).collect();
+        }
+        if loss != Loss::Process {
+            self.reset_histories();
+        }
+        lost
+    }
+
+    /// After a power loss the trees are others, from an instant on that no stamp had reached.
+    fn reset_histories(&mut self) {
+        let mark = self.machine.stamp_mark().unwrap_or_default();
+        for volume in lock(&self.volumes).iter_mut() {
+            volume.unpublished = None;
+            let time = Timestamp(mark.0.max(volume.history.last_time().0) + 1);
+            volume.history.reset(time, volume.tree.live().clone());
+        }
+    }
+
+    // ---- what it does ----
+
+    /// A program does something. Returns whether it could.
+    pub(crate) fn operate(&mut self, random: &mut Random) -> bool {
+        self.observed(|primary| primary.operate_observed(random))
+    }
+
+    fn operate_observed(&mut self, random: &mut Random) -> bool {
+        let Some(Process { desk, .. }) = &self.process else { return false };
+        // Programs that would have to wait come again later: nobody waits in virtual time.
+        if desk.capture.fullness() > 0.6 && desk.capture.is_link_up() {
+            return false;
+        }
+        let mut volumes = lock(&self.volumes);
+        let at = random.below(volumes.len() as u64) as usize;
+        let (index, volume) = (VolumeIndex(at as u16), &mut volumes[at]);
+        let (cut, syncs) = (random.one_in(2), random.one_in(5));
+        let mut last = None;
+        for change in volume.generator.step() {
+            last = change.update.op.files()[0];
+            if !desk.call(index, volume, change, cut) {
+                return true;
+            }
+        }
+        if let Some(file) = last.filter(|_| syncs) {
+            desk.sync(index, volume, file, cut);
+        }
+        true
+    }
+
+    /// Threads do their work: copies, the activity log, the stamp mark.
+    pub(crate) fn chores(&mut self, now: u64) -> Result<(), String> {
+        self.observed(|primary| primary.chores_observed(now))
+    }
+
+    fn chores_observed(&mut self, now: u64) -> Result<(), String> {
+        let Some(process) = &mut self.process else { return Ok(()) };
+        let desk = &process.desk;
+        for (at, volume) in lock(&self.volumes).iter_mut().enumerate() {
+            for _ in 0..3 {
+                if !copier::step(desk, VolumeIndex(at as u16), volume) {
+                    break;
                 }
             }
         }
-        self.sender.handle_cut(Timestamp(now), idle);
+        if now.saturating_sub(process.flushed) >= limits::ACTIVITY_FLUSH_NS {
+            process.flushed = now;
+            let flushed = desk.log.flush();
+            *process.applied.lock().expect("nobody panics with it") = process.engine.both_have();
+            let kept = process.keeper.step();
+            if !desk.is_dead() {
+                flushed.map_err(|error| format!("activity log: {error}"))?;
+                kept.map_err(|error| format!("activity log: {error}"))?;
+            }
+        }
+        if now.saturating_sub(process.marked) >= limits::STAMP_RESERVE_NS / 4 {
+            process.marked = now;
+            let mark = store::mark_after(desk.capture.now(), self.machine.clock.read());
+            if self.machine.save_stamp_mark(mark).is_ok() {
+                desk.capture.raise_limit(mark);
+            }
+        }
         Ok(())
     }
 
-    fn issue(
-        &mut self,
-        index: VolumeIndex,
-        changes: &VecDeque<Change>,
-        end: Option<Timestamp>,
-    ) -> Result<(), String> {
-        let mut complete = None;
-        for change in changes {
-            if change.update.op == Op::Complete {
-                complete = Some(change.update.stamp);
-            }
-            self.builder.push_update(&change.update, &change.data).map_err(|e| e.to_string())?;
-        }
-        let (first, last) = (changes[0].update.stamp, changes[changes.len() - 1].update.stamp);
-        let end = end.unwrap_or(last.time);
-        let link = self.sender.link(index).map_err(|e| e.to_string())?;
-        let set = self.finish(index.as_usize(), link, end)?;
-        let issued = IssuedSet {
-            number: set.header.number,
-            hash: set.hash,
-            first,
-            last,
-            end,
-            bytes: set.bytes.len() as u64,
-            complete,
-            handle: set.bytes,
-        };
-        self.sender.handle_issued(index, issued).map_err(|e| e.to_string())
+    pub(crate) fn linked(&mut self) {
+        self.with_engine(|engine, _| engine.handle_linked());
     }
 
-    fn finish(&mut self, volume: usize, link: ChainLink, end: Timestamp) -> Result<EncodedSet, String> {
-        let History { name, instance, root, .. } = &self.volumes[volume];
-        let place = SetPlace {
-            session: SESSION,
-            volume: name.clone(),
-            instance: *instance,
-            root: *root,
-            epoch: epoch(),
-            incarnation: INCARNATION,
-            number: link.number,
-            predecessor: link.predecessor,
-            first_seq: link.first_seq,
-            start: link.start,
-            end,
-        };
-        self.builder.finish(place, 1).map_err(|e| e.to_string())
+    pub(crate) fn unlinked(&mut self) {
+        self.with_engine(|engine, _| engine.handle_unlinked("the link was cut".to_owned()));
+    }
+
+    pub(crate) fn settle(&mut self) {
+        self.with_engine(|engine, now| engine.settle(now));
+    }
+
+    fn with_engine(
+        &mut self,
+        work: impl FnOnce(&mut Engine<Post>, twinfs_replicator::primary::clock::Reading),
+    ) {
+        let now = self.machine.clock.read();
+        self.observed(|primary| {
+            if let Some(process) = &mut primary.process {
+                work(&mut process.engine, now);
+            }
+        });
+    }
+
+    /// When it wants to be woken.
+    pub(crate) fn next_wake(&self, now: u64) -> Option<u64> {
+        let Process { engine, desk, .. } = self.process.as_ref()?;
+        let wake = engine.next_wake();
+        let due = desk.capture.queued().0 >= wake.queued_bytes;
+        Some(if due { now } else { now + wake.after.as_nanos() as u64 })
+    }
+
+    /// What it wants sent.
+    pub(crate) fn take_packets(&self) -> Vec<Packet> {
+        self.process
+            .as_ref()
+            .map_or_else(Vec::new, |process| std::mem::take(&mut *process.packets.borrow_mut()))
     }
 
     /// The replica said something.
-    pub(crate) fn handle(&mut self, now: u64, message: Message) -> Result<(), String> {
+    pub(crate) fn handle(&mut self, bytes: &[u8], message: &Message) -> Result<(), String> {
         match message {
             Message::Welcome(welcome) => {
-                self.sender
-                    .handle_welcome(Timestamp(now), &welcome)
-                    .map_err(|error| format!("lost acknowledgement: the sites do not agree: {error}"))?;
-                let place = |name: &VolumeName| self.volumes.iter().position(|volume| volume.name == *name);
+                let place = |name: &VolumeName| self.names.iter().position(|known| known == name);
                 self.wire = welcome.volumes.iter().filter_map(|volume| place(&volume.name)).collect();
                 for (volume, theirs) in self.wire.iter().zip(&welcome.volumes) {
                     let acked = &mut self.acked[*volume];
+                    let whole =
+                        (1..).map(SetNumber).take_while(|number| acked.contains(number)).count() as u64;
+                    if theirs.durable.number.0 < whole {
+                        return Err(format!(
+                            "lost acknowledgement: set {whole} of {} was acknowledged, the replica says {}",
+                            theirs.name, theirs.durable.number
+                        ));
+                    }
                     acked.extend((1..=theirs.durable.number.0).map(SetNumber));
                     acked.extend(&theirs.beyond);
                 }
             }
             Message::Ack(ack) => {
-                self.sender.handle_ack(ack).map_err(|error| format!("acknowledgement: {error}"))?;
                 let volume = self.wire.get(ack.volume.as_usize()).ok_or("acknowledgement of no volume")?;
                 self.acked[*volume].insert(ack.number);
             }
-            Message::Progress(progress) => self.sender.handle_progress(progress),
+            Message::Progress(_) => {}
             other => return Err(format!("refused: the replica says {other:?}")),
         }
-        Ok(())
+        self.with_engine(|engine, now| engine.handle_message(bytes, now));
+        let Some(process) = &self.process else { return Ok(()) };
+        if let Some(why) = process.hung_up.borrow_mut().take() {
+            return Err(format!("refused: the sites do not agree: {why}"));
+        }
+        match process.engine.sender().session_state() {
+            SessionState::Diverged => {
+                Err("refused: DIVERGED, and nothing happened that explains it".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn state(&self) -> String {
+        self.process.as_ref().map_or_else(
+            || "dead".to_owned(),
+            |process| {
+                let fill = process.desk.capture.fill();
+                let sender = process.engine.sender();
+                format!(
+                    "{:?} suspended {:?} {fill:?} progress {:?}",
+                    sender.session_state(),
+                    sender.suspended(),
+                    sender.progress()
+                )
+            },
+        )
+    }
+
+    pub(crate) fn is_suspended(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| process.desk.capture.fill().suspended)
+    }
+
+    pub(crate) fn is_duplex(&self) -> bool {
+        let sender = self.process.as_ref().map(|process| process.engine.sender());
+        sender.is_some_and(|sender| sender.session_state() == SessionState::Duplex)
     }
 
     /// Whether the replica has and shows everything.
     pub(crate) fn is_converged(&self) -> bool {
-        let cut = self.volumes.iter().all(|volume| volume.cut == volume.changes.len());
-        let last = self.volumes.iter().filter_map(|volume| volume.changes.last());
-        let time = last.map(|change| change.update.stamp.time).max().unwrap_or_default();
-        cut && self.sender.is_idle() && self.sender.progress().time >= time
+        let Some(Process { engine, desk, .. }) = &self.process else { return false };
+        let volumes = lock(&self.volumes);
+        let time = volumes.iter().map(|volume| volume.history.last_time()).max().unwrap_or_default();
+        let copied = volumes.iter().all(|volume| matches!(volume.copying, Copying::Nothing));
+        copied
+            && engine.sender().session_state() == SessionState::Duplex
+            && engine.sender().is_idle()
+            && !desk.capture.fill().suspended
+            && desk.capture.queued().1 == 0
+            && engine.sender().progress().time >= time
+    }
+}
+
+/// A volume that was never mirrored.
+fn new_volume(volume: &SetVolume) -> VolumeState {
+    VolumeState {
+        name: volume.name.clone(),
+        source: "/simulated".into(),
+        instance: volume.instance,
+        root_ino: volume.root.ino,
+        root_generation: volume.root.generation,
+        state: CopyState::Pending,
+        complete: None,
+        acked_set: ChainPoint::START.number,
+        acked_hash: ChainPoint::START.hash,
+        acked_seq: Seq::ZERO,
+        acked_end: Timestamp::ZERO,
+        end: Timestamp::ZERO,
+        last_seq: Seq::ZERO,
     }
 }

@@ -174,9 +174,14 @@ impl SimTree {
     }
 
     /// Names in staging and in the graveyard.
-    pub(crate) fn left_over(&self) -> usize {
+    pub(crate) fn left_over(&self) -> Vec<String> {
         let state = self.lock();
-        self.places[1..].iter().map(|(ino, _)| state.live.inodes[ino].names.len()).sum()
+        let mut found = Vec::new();
+        for (place, (ino, _)) in ["tree", "staging", "graveyard"].iter().zip(&self.places).skip(1) {
+            let names = state.live.inodes[ino].names.keys();
+            found.extend(names.map(|name| format!("{place}/{}", name.escape_ascii())));
+        }
+        found
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

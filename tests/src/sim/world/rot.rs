@@ -1,14 +1,13 @@
 //! The same world, with a journal that rots while the replica is down.
 //!
 //! What the replica shows then must be a state that was: the one at the consistency time that it tells, over all volumes.
-//! It must say what it lost, to the primary too, and whoever starts it again must find the same. The primary of the
-//! simulator cannot read anything again, so the repair itself is for other tests.
+//! It must say what it lost, to the primary too, and whoever starts it again must find the same. The repair itself is for
+//! other tests.
 
-use twinfs_core::session::receiver::Ordering;
 use twinfs_core::wire::{Message, Welcome};
 use twinfs_replicator::storage::Storage as _;
 
-use super::{Event, Loss, Machine, Options, Replica, Wish, World, acknowledged, reading};
+use super::{Event, Loss, Machine, Options, Packet, Replica, Side, Wish, World, acknowledged, reading};
 use crate::sim::check::atomicity::Atomicity;
 
 /// Operations before the journal rots.
@@ -39,17 +38,19 @@ pub struct Rotted {
 /// # Errors
 /// What was violated.
 pub fn simulate_rot(seed: u64) -> Result<Rotted, String> {
-    let options =
-        Options { operations: 10 * OPERATIONS, crashes: 20, ordering: Ordering::ByStamp, text: false };
+    let options = Options { operations: 10 * OPERATIONS, ..Options::default() };
     let mut world = World::new(seed, options);
-    for event in [Event::Restart, Event::Operate, Event::LinkDown] {
+    for event in [Event::Restart, Event::StartPrimary, Event::Operate, Event::Chores, Event::LinkDown] {
         world.at(1, event);
     }
-    world.plan_crash();
+    world.plan_crash(Side::Replica);
     while world.figures.operations < OPERATIONS || world.prefix.newest().0 < GROUPS || world.replica.is_none()
     {
         let ((time, _), event) = world.queue.pop_first().ok_or("nothing is left to happen")?;
         world.now = time;
+        world.primary.set_time(time);
+        // Here the primary lives on.
+        world.primary.power().cut_at(u64::MAX);
         world.apply(event)?;
         world.drive_primary()?;
         world.drive_replica()?;
@@ -138,14 +139,15 @@ impl World {
             let _ = acknowledged::check(&self.primary, replica, self.prefix.newest());
         }
         for (index, name, _) in view.members() {
-            let volume = self.primary.volumes.iter().find(|volume| volume.name == *name);
-            let wanted = volume.ok_or("an unknown volume")?.seq_at(view.consistency_time());
+            let truth = self.primary.truth();
+            let volume = truth.iter().find(|volume| volume.history.name == *name);
+            let wanted = volume.ok_or("an unknown volume")?.history.seq_at(view.consistency_time());
             let found = image.volumes().iter().find(|(at, ..)| *at == index).map(|(.., state)| state.seq);
             if found != Some(wanted) {
                 return Err(format!("{name} shows {found:?}, not {wanted}"));
             }
         }
-        Atomicity::default().check(image, &self.primary.volumes)?;
+        Atomicity::default().check(image, &self.primary.truth())?;
         Ok((view.group().0, shows))
     }
 
@@ -158,7 +160,14 @@ impl World {
         let link = twinfs_replicator::replica::engine::ConnectionId(1_000_000);
         let address = std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, 1));
         replica.engine.handle_linked(link, twinfs_certs::Site { name, id }, address);
-        replica.engine.handle_message(link, &Message::Hello(self.primary.sender.hello()).encode());
+        drop(self.primary.take_packets());
+        self.primary.unlinked();
+        self.primary.linked();
+        for packet in self.primary.take_packets() {
+            if let Packet::Control(hello) = packet {
+                replica.engine.handle_message(link, &hello);
+            }
+        }
         replica.engine.settle(reading(self.now));
         let welcome = self.welcome_of(&replica)?;
         match (welcome.damage.is_some(), before) {
