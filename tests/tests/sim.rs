@@ -101,8 +101,8 @@ fn the_same_seed_gives_the_same_run() {
 #[test]
 fn without_stamp_ordering_the_checks_object() {
     let options = Options { ordering: GroupOrdering::ByArrival, ..Options::default() };
-    let broken = (0..20).filter(|seed| simulate(*seed, options).outcome.is_err()).count();
-    assert!(broken > 5, "only {broken} of 20 seeds were found wrong");
+    let broken = (0..60).filter(|seed| simulate(*seed, options).outcome.is_err()).count();
+    assert!(broken > 8, "only {broken} of 60 seeds were found wrong");
 }
 
 /// So are the others: each finds what only it can.

@@ -38,8 +38,7 @@ pub struct Rotted {
 /// # Errors
 /// What was violated.
 pub fn simulate_rot(seed: u64) -> Result<Rotted, String> {
-    let options = Options { operations: 10 * OPERATIONS, ..Options::default() };
-    let mut world = World::new(seed, options);
+    let mut world = World::new(seed, Options::default());
     for event in [Event::Restart, Event::StartPrimary, Event::Operate, Event::Chores, Event::LinkDown] {
         world.at(1, event);
     }
